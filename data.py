@@ -49,7 +49,7 @@ REFS_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "shapes": "sh
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of both sources of weights
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others, EPS say, would start a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others, EPS say, would start a program
 MAX_PIXELS = 100_000_000
 MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
 MAX_REFS_BYTES = 128 * 2**20  # the published files take 30-50 MB
