@@ -22,6 +22,7 @@ import os
 import pickle
 import pickletools
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+
+import shapes
 
 # (refs, images, sentences) of each split, as published; nothing is published of the world that we make ourselves.
 PUBLISHED = {
@@ -64,11 +67,11 @@ def run(main, args):
     try:
         return main(args) or 0
     except DataError as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
-def _line(error):
+def one_line(error):
     """An exception's text as one printable line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text)
@@ -105,16 +108,14 @@ def check_writable(folder):
     probe.unlink()
 
 
-def read_bytes(path, limit=None):
-    """-> a file's bytes. Raises DataError if it is missing, cannot be read, or is longer than `limit` bytes."""
+def read_bytes(path, limit=2**40):
+    """-> a file's bytes. Raises DataError if it is missing, cannot be read, or has more bytes than the limit."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(-1 if limit is None else limit + 1)
+        if Path(path).stat().st_size > limit:
+            raise DataError(f"{path} has more than {limit // 2**20} MiB: is it the right file?")
+        return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    if limit is not None and len(content) > limit:
-        raise DataError(f"{path}: more than {limit // 2**20} MiB, not a refs file")
-    return content
 
 
 def read_json(path, hook=None):
@@ -124,7 +125,15 @@ def read_json(path, hook=None):
     except DataError:
         raise
     except (ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"{path} is not valid JSON ({_line(error)}): is it whole?") from error
+        raise DataError(f"{path} is not valid JSON ({one_line(error)}): is it whole?") from error
+
+
+def _need(record, key, kind, where):
+    """record[key], which must be of the kind. Raises DataError naming the record."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or (kind is int and not -2**63 <= value < 2**63):
+        raise DataError(f"{where}: {key} is missing or no {kind.__name__}")
+    return value
 
 
 class PlainDispatch(dict):
@@ -153,7 +162,8 @@ class PlainUnpickler(pickle._Unpickler):
 def load_refs(path):
     """-> the list in a refs(*).p file, written by Python 2 (byte strings are read as Latin-1) or later.
 
-    Raises DataError if the file is missing, too long, broken, or asks for anything but plain data; nothing in it runs.
+    Raises DataError if the file is missing, too long, broken, no list of refs, or asks for anything but plain data;
+    nothing in it runs.
     """
     content = read_bytes(path, MAX_REFS_BYTES)
     try:
@@ -161,9 +171,18 @@ def load_refs(path):
     except DataError as error:
         raise DataError(f"{path} {error} and was not run: get the file from another source") from error
     except Exception as error:  # the unpickler raises nearly anything on a broken file
-        raise DataError(f"{path} is broken ({type(error).__name__}: {_line(error)[:100]}): is it whole?") from error
-    if not isinstance(refs, list):
-        raise DataError(f"{path} holds no list of refs")
+        raise DataError(f"{path} is broken ({type(error).__name__}: {one_line(error)[:100]}): is it whole?") from error
+    sentences = 0
+    for n, ref in enumerate(refs if isinstance(refs, list) else [refs]):
+        where = f"{path}: ref number {n}"
+        for key in ("ref_id", "ann_id", "image_id"):
+            _need(ref, key, int, where)
+        _need(ref, "split", str, where)
+        for sentence in _need(ref, "sentences", list, where):
+            _need(sentence, "sent_id", int, where)
+        sentences += len(ref["sentences"])
+        if sentences > len(content) // 16:  # one list can stand in every ref
+            raise DataError(f"{path} holds more sentences than its length allows")
     return refs
 
 
@@ -182,7 +201,7 @@ def _decode(path, formats, convert):
     except DataError:
         raise
     except Exception as error:  # so do PIL's decoders
-        raise DataError(f"{path} cannot be read as an image ({_line(error)[:200]}): is it whole?") from error
+        raise DataError(f"{path} cannot be read as an image ({one_line(error)[:200]}): is it whole?") from error
 
 
 def _rgb(image):
@@ -270,7 +289,7 @@ def decode_mask(segmentation, width, height):
             if not ((x >= -width) & (x <= 2 * width) & (y >= -height) & (y <= 2 * height)).all():
                 raise ValueError("a polygon with a point that is no number or far outside the image")
             outline += len(x) + np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
-        if outline > MAX_OUTLINE:
+        if outline >= MAX_OUTLINE:
             raise ValueError(f"polygons with an outline above {MAX_OUTLINE} pixels")
         return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), (list, str, bytes)):
@@ -310,26 +329,29 @@ class ImageRecord(NamedTuple):
     height: int | None
 
 
-def _need(record, key, kind, where):
-    """record[key], which must be of the kind. Raises DataError naming the record."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or (kind is int and not -2**63 <= value < 2**63):
-        raise DataError(f"{where}: {key} is missing or no {kind.__name__}")
-    return value
+def _text(text, where):
+    """A sentence without the space around it. Raises DataError if nothing is left."""
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where} is empty: say what it refers to, or take it out")
+    return text.strip()
 
 
-def _inside(folders, name):
+def _inside(folders, name, where):
     """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder."""
     candidates = []
     for folder in folders:
         try:
             path = (folder / name).resolve()
         except (ValueError, OSError, RuntimeError) as error:  # a null byte, a loop of links
-            raise DataError(f"path {name[:200]!r}: {_line(error)}") from error
+            raise DataError(f"{where}: path {name[:200]!r}: {one_line(error)}") from error
         if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-            raise DataError(f"path {name[:200]!r} leaves the folder {folder}: keep the files in it")
+            raise DataError(f"{where}: path {name[:200]!r} leaves the folder {folder}: keep the files in it")
         candidates.append(path)
     return next((p for p in candidates if p.is_file()), candidates[0])
+
+
+def _raise(error):
+    raise error
 
 
 class RefCOCO:
@@ -341,39 +363,39 @@ class RefCOCO:
     with paths relative to the file's folder or to root. Without any "split" in it, every split is the whole file.
     split "all" is all of them. Opening reads no image.
 
-    report: is called with each DataError of a single ref, which is then left out; without it, the first one is raised.
+    report: is called with each DataError of a single ref, which is then left out; by default, the first one is raised.
     Raises DataError for a missing file (naming the paths tried), an unknown data set or split, a ref without its
     annotation or image record, an empty sentence.
     """
 
-    def __init__(self, root, dataset, split, report=None):
+    def __init__(self, root, dataset, split, report=_raise):
         self.root, self.dataset, self.split = Path(root), str(dataset), split
         self.sentences, self.refs, self.images, self.folders = [], [], [], []
         self._numbers = {}  # image id -> index
         if self.dataset.endswith(".json"):
             self._open_json(report)
-        elif self.dataset == "combined":
-            if split != "train":
-                raise DataError(f"combined has no split {split!r}, only train: evaluate on {', '.join(UNION)}")
-            loaded = {name: load_refs(self._files(name)[0]) for name in UNION}
-            held_out = {r.get("image_id") for refs in loaded.values() for r in refs if isinstance(r, dict)
-                        and isinstance(r.get("image_id"), int) and r.get("split") != "train"}
-            for name, refs in loaded.items():
-                self._open_set(name, [r for r in refs if not isinstance(r, dict) or r.get("image_id") not in held_out],
-                               report)
-        elif self.dataset in PUBLISHED:
-            if split not in (*PUBLISHED[self.dataset], "all"):
-                raise DataError(f"{dataset} has no split {split!r}: give {', '.join(PUBLISHED[self.dataset])}")
-            refs = load_refs(self._files(self.dataset)[0])
-            self._open_set(self.dataset, [r for r in refs if split == "all" or not isinstance(r, dict)
-                                          or r.get("split") == split], report)
         else:
-            raise DataError(f"--dataset {dataset}: give {', '.join(PUBLISHED)}, combined, or a .json file")
-        if not self.sentences and report is None:
+            self._open_refer(report)
+        if not self.sentences and report is _raise:
             raise DataError(f"{dataset} in {root} has no sentence of split {split!r}")
 
     def __len__(self):
         return len(self.sentences)
+
+    def _open_refer(self, report):
+        if self.dataset not in (*PUBLISHED, "combined"):
+            raise DataError(f"--dataset {self.dataset}: give {', '.join(PUBLISHED)}, combined, or a .json file")
+        combined = self.dataset == "combined"
+        splits = ["train"] if combined else [*PUBLISHED[self.dataset], "all"]
+        if self.split not in splits:
+            raise DataError(f"{self.dataset} has no split {self.split!r}: give {', '.join(PUBLISHED[self.dataset])}"
+                            if not combined else
+                            f"combined has no split {self.split!r}, only train: evaluate on {', '.join(UNION)}")
+        loaded = {name: load_refs(self._files(name)[0]) for name in (UNION if combined else [self.dataset])}
+        held_out = {r["image_id"] for refs in loaded.values() for r in refs if combined and r["split"] != "train"}
+        for name, refs in loaded.items():
+            refs = [r for r in refs if self.split in ("all", r["split"]) and r["image_id"] not in held_out]
+            self._add_refs(name, refs, report)
 
     def _files(self, name):
         """-> refs file, instances file, image folders of a REFER set. Raises DataError if one is missing."""
@@ -387,9 +409,10 @@ class RefCOCO:
             raise DataError(f"--data-root {self.root}: {name} is not complete there, tried {', '.join(missing)}")
         return refs, instances, folders
 
-    def _open_set(self, name, refs, report):
+    def _add_refs(self, name, refs, report):
+        """Adds refs of one REFER set, with the annotations and image records that they name."""
         path, instances, self.folders = self._files(name)
-        wanted = {r["ann_id"] for r in refs if isinstance(r, dict) and isinstance(r.get("ann_id"), int)}
+        wanted = {r["ann_id"] for r in refs}
 
         def slim(record):  # as the file is parsed, so that what no ref names never piles up
             if "segmentation" not in record:
@@ -405,13 +428,13 @@ class RefCOCO:
             return {"id": record["id"], "image_id": record.get("image_id"), "segmentation": polygons}
 
         content = read_json(instances, slim)
-        annotations = {a["id"]: a for a in _need(content, "annotations", list, instances) if a}
+        annotations = {a["id"]: a for a in _need(content, "annotations", list, instances)
+                       if isinstance(a, dict) and "segmentation" in a}
         records = {i["id"]: i for i in _need(content, "images", list, instances)
                    if isinstance(i, dict) and isinstance(i.get("id"), int)}
-        for n, ref in enumerate(refs):
+        for ref in refs:
+            where, ann_id, image_id = f"{path}: ref {ref['ref_id']}", ref["ann_id"], ref["image_id"]
             try:
-                where = f"{path}: ref {_need(ref, 'ref_id', int, f'{path}: ref number {n}')}"
-                ann_id, image_id = _need(ref, "ann_id", int, where), _need(ref, "image_id", int, where)
                 if ann_id not in annotations:
                     raise DataError(f"{where}: its annotation {ann_id} is not in {instances}")
                 if image_id not in records:
@@ -419,65 +442,12 @@ class RefCOCO:
                 if annotations[ann_id]["image_id"] != image_id:
                     raise DataError(f"{where}: its annotation {ann_id} is of another image than {image_id}")
                 image = self._image_record(image_id, records[image_id], instances)
-                sentences = []
-                for s in _need(ref, "sentences", list, where):
-                    sent_id = _need(s, "sent_id", int, where)
-                    text = s.get("sent") or s.get("raw")
-                    kind = s.get("kind")
-                    sentences.append((f"{name}/{sent_id}" if self.dataset == "combined" else sent_id,
-                                      self._text(text, f"{where}: sentence {sent_id}"),
-                                      kind if isinstance(kind, str) else None))
-                if len(self.sentences) + len(sentences) > MAX_REFS_BYTES // 16:  # one list can stand in every ref
-                    raise DataError(f"{path} holds more sentences than its length allows")
-                self._add(ref["ref_id"], ann_id, image, annotations[ann_id]["segmentation"], ref.get("split"),
-                          sentences)
+                sentences = [(f"{name}/{s['sent_id']}" if self.dataset == "combined" else s["sent_id"],
+                              _text(s.get("sent") or s.get("raw"), f"{where}: sentence {s['sent_id']}"),
+                              s["kind"] if isinstance(s.get("kind"), str) else None) for s in ref["sentences"]]
+                self._add(ref["ref_id"], ann_id, image, annotations[ann_id]["segmentation"], ref["split"], sentences)
             except DataError as error:
-                if report is None:
-                    raise
                 report(error)
-
-    def _open_json(self, report):
-        path = Path(self.dataset) if Path(self.dataset).is_file() else self.root / self.dataset
-        if not path.is_file():
-            raise DataError(f"--dataset {self.dataset}: no such file, nor {path}")
-        entries = read_json(path)
-        if not isinstance(entries, list):
-            raise DataError(f"{path} holds no list of entries")
-        folders = [path.parent, self.root]
-        splits = {e.get("split") if isinstance(e.get("split"), str) else None for e in entries if isinstance(e, dict)}
-        if None in splits and len(splits) > 1:
-            raise DataError(f"{path}: some entries have a split and some have none: give all one, or none")
-        if splits and None not in splits and self.split not in (*splits, "all"):
-            raise DataError(f"{path} has no split {self.split!r}: give {', '.join(sorted(splits))}")
-        sent_id = 0
-        for n, entry in enumerate(entries):
-            try:
-                where = f"{path}: entry {n}"
-                texts = [self._text(t, f"{where}: sentence {k}") for k, t in
-                         enumerate(_need(entry, "sentences", list, where))]
-                first, sent_id = sent_id, sent_id + len(texts)
-                if self.split not in (entry.get("split"), "all") and entry.get("split") is not None:
-                    continue
-                name = _need(entry, "image", str, where)
-                if ("mask" in entry) == ("polygons" in entry):
-                    raise DataError(f'{where}: give either "mask" or "polygons"')
-                segmentation = (_inside(folders, _need(entry, "mask", str, where)) if "mask" in entry
-                                else _need(entry, "polygons", list, where))
-                file = str(_inside(folders, name))
-                image = ImageRecord(name, file, None, None)
-                self._add(n, None, image, segmentation, entry.get("split"),
-                          [(first + k, t, None) for k, t in enumerate(texts)])
-            except DataError as error:
-                error = error if str(error).startswith(where) else DataError(f"{where}: {error}")
-                if report is None:
-                    raise error from None
-                report(error)
-
-    @staticmethod
-    def _text(text, where):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where} is empty: say what it refers to, or take it out")
-        return text.strip()
 
     @staticmethod
     def _image_record(image_id, record, instances):
@@ -489,13 +459,45 @@ class RefCOCO:
             raise DataError(f"{where}: {width}x{height} pixels: give 1 to {MAX_PIXELS // 10**6} megapixels")
         return ImageRecord(image_id, name, width, height)
 
+    def _open_json(self, report):
+        path = Path(self.dataset) if Path(self.dataset).is_file() else self.root / self.dataset
+        if not path.is_file():
+            raise DataError(f"--dataset {self.dataset}: no such file, nor {path}")
+        entries = read_json(path)
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise DataError(f"{path} holds no list of entries")
+        splits = {None if e.get("split") is None else _need(e, "split", str, f"{path}: entry {n}")
+                  for n, e in enumerate(entries)}
+        if None in splits and len(splits) > 1:
+            raise DataError(f"{path}: some entries have a split and some have none: give all one, or none")
+        if None not in splits and self.split not in (*splits, "all"):
+            raise DataError(f"{path} has no split {self.split!r}: give {', '.join(sorted(splits))}")
+        sent_id, folders = 0, [path.parent, self.root]
+        for n, entry in enumerate(entries):
+            where, split = f"{path}: entry {n}", entry.get("split")
+            try:
+                texts = _need(entry, "sentences", list, where)
+                first, sent_id = sent_id, sent_id + len(texts)
+                if split is not None and self.split not in (split, "all"):
+                    continue
+                name = _need(entry, "image", str, where)
+                image = ImageRecord(name, str(_inside(folders, name, where)), None, None)
+                if ("mask" in entry) == ("polygons" in entry):
+                    raise DataError(f'{where}: give either "mask" or "polygons"')
+                segmentation = (_need(entry, "polygons", list, where) if "polygons" in entry else
+                                _inside(folders, _need(entry, "mask", str, where), where))
+                self._add(n, None, image, segmentation, split,
+                          [(first + k, _text(t, f"{where}: sentence {k}"), None) for k, t in enumerate(texts)])
+            except DataError as error:
+                report(error)
+
     def _add(self, ref_id, ann_id, image, segmentation, split, sentences):
         """Appends a ref, its image if it is new, and its sentences, each (sent_id, text, kind)."""
         number = self._numbers.setdefault(image.id, len(self.images))
         if number == len(self.images):
             self.images.append(image)
         self.sentences += [Sentence(sent_id, text, len(self.refs), number, kind) for sent_id, text, kind in sentences]
-        self.refs.append(Ref(ref_id, ann_id, number, segmentation, split if isinstance(split, str) else None))
+        self.refs.append(Ref(ref_id, ann_id, number, segmentation, split))
 
     def path(self, image):
         """Index -> the image's path. Raises DataError naming the paths tried."""
@@ -527,7 +529,7 @@ class RefCOCO:
             raise
         except (ValueError, TypeError, OverflowError, MemoryError) as error:
             name = f"entry {r.ref_id}" if r.ann_id is None else f"ref {r.ref_id}, annotation {r.ann_id}"
-            raise DataError(f"{self.dataset}: {name}: {_line(error)}") from error
+            raise DataError(f"{self.dataset}: {name}: {one_line(error)}") from error
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
@@ -581,8 +583,8 @@ def normalise(pixels):
 
 
 def preprocess(image, size):
-    """PIL RGB image -> (3, S, S) float32: squashed to the square (bicubic, antialiased) and normalised."""
-    squashed = image.resize((size, size), Image.BICUBIC)
+    """PIL image -> (3, S, S) float32: squashed to the square (bicubic, antialiased) and normalised."""
+    squashed = (image if image.mode == "RGB" else _rgb(image)).resize((size, size), Image.BICUBIC)
     return normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1))
 
 
@@ -623,7 +625,7 @@ class Samples(Dataset):
         try:
             pixels, masks = self.dataset.image(image), np.stack([self.dataset.mask(r) for r in refs])
         except DataError as error:
-            return {"broken": _line(error), "lost": len(indices)}
+            return {"broken": one_line(error), "lost": len(indices)}
         if self.augment:
             pixels, masks = augment(pixels, masks, seed)
         centres = (np.arange(self.image_size) + 0.5) / self.image_size
@@ -659,7 +661,7 @@ def check(root, dataset, quick=False):
     if dataset == "combined":
         raise DataError(f"--dataset combined is made of {', '.join(UNION)}: check them one by one")
     problems = []
-    data = RefCOCO(root, dataset, "all", report=lambda error: problems.append(_line(error)))
+    data = RefCOCO(root, dataset, "all", report=lambda error: problems.append(one_line(error)))
     published = PUBLISHED.get(dataset, {})
     splits = {ref.split for ref in data.refs}
     rows, seen = [("split", "refs", "images", "sentences", "published")], {}
@@ -673,33 +675,32 @@ def check(root, dataset, quick=False):
             problems.append(f"{split}: {' / '.join(map(str, counts))} refs / images / sentences, published "
                             f"{' / '.join(map(str, expected))}")
         if published and split not in published:
-            problems.append(f"{len(refs)} refs have the unknown split {split!r}")
+            problems.append(f"refs of the unknown split {split!r}: {len(refs)}")
+        if not refs and not expected:
+            problems.append(f"{split}: no refs")
         for other, others in seen.items():
             if both := images & others:
-                problems.append(f"{len(both)} images are both in {other} and in {split}, the first is "
-                                f"{data.images[min(both)].id}")
+                first = data.images[min(both)].id
+                problems.append(f"images both in {other} and in {split}: {len(both)}, the first is {first}")
         seen[split] = images
     ids = [s.sent_id for s in data.sentences]
     if len(set(ids)) < len(ids):
-        first = next(i for i in sorted(set(ids), key=str) if ids.count(i) > 1)
-        problems.append(f"{len(ids) - len(set(ids))} sentences have the sent_id of another, the first is {first}")
+        first = next(i for i, count in Counter(ids).items() if count > 1)
+        problems.append(f"sentences with the sent_id of another: {len(ids) - len(set(ids))}, the first is {first}")
     for i in tqdm(range(len(data.images)), "images", disable=None):
         try:
             data.path(i) if quick else data.image(i)
         except DataError as error:
-            problems.append(_line(error))
+            problems.append(one_line(error))
     for i in tqdm(range(len(data.refs)), "masks", disable=None):
         try:
             if not data.mask(i).any():
                 problems.append(f"the mask of ref {data.refs[i].ref_id} is empty")
         except DataError as error:
-            problems.append(_line(error))
+            problems.append(one_line(error))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    print("\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows))
+    print("\n".join("  ".join(row[c].rjust(w) for c, w in enumerate(widths)) for row in rows))
     return problems
-
-
-# ---- The shapes world -----------------------------------------------------------------------------------------------
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -707,10 +708,10 @@ def check(root, dataset, quick=False):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    shapes = commands.add_parser("shapes", help="write the shapes world in REFER layout")
-    shapes.add_argument("--root", default="data", help="the data root to write to (default: data)")
-    shapes.add_argument("--images", type=int, default=1000, metavar="N", help="scenes in all (default: 1000)")
-    shapes.add_argument("--seed", type=int, default=0, metavar="S")
+    world = commands.add_parser("shapes", help="write the shapes world in REFER layout")
+    world.add_argument("--root", default="data", help="the data root to write to (default: data)")
+    world.add_argument("--images", type=int, default=1000, metavar="N", help="scenes in all (default: 1000)")
+    world.add_argument("--seed", type=int, default=0, metavar="S")
     checking = commands.add_parser("check", help="compare a data set with the published counts, name what is broken")
     checking.add_argument("--root", default="data", help="the data root (default: data)")
     checking.add_argument("--dataset", required=True, help=f"{', '.join(PUBLISHED)} or a JSON file")
@@ -720,7 +721,7 @@ def parse_args(argv=None):
 
 def main(args):
     if args.command == "shapes":
-        write_shapes(args.root, args.images, args.seed)  # noqa: F821
+        shapes.write_shapes(args.root, args.images, args.seed)
         print(f"wrote {Path(args.root) / 'shapes'} and {Path(args.root) / 'images' / 'shapes'}")
         return 0
     problems = check(args.root, args.dataset, args.quick)
