@@ -172,8 +172,10 @@ def load_refs(path):
         raise DataError(f"{path} {error} and was not run: get the file from another source") from error
     except Exception as error:  # the unpickler raises nearly anything on a broken file
         raise DataError(f"{path} is broken ({type(error).__name__}: {one_line(error)[:100]}): is it whole?") from error
+    if not isinstance(refs, list):
+        raise DataError(f"{path} holds no list of refs")
     sentences = 0
-    for n, ref in enumerate(refs if isinstance(refs, list) else [refs]):
+    for n, ref in enumerate(refs):
         where = f"{path}: ref number {n}"
         for key in ("ref_id", "ann_id", "image_id"):
             _need(ref, key, int, where)
@@ -190,7 +192,7 @@ def load_refs(path):
 
 def _decode(path, formats, convert):
     """convert(PIL image) of an image file, with everything that can go wrong as a DataError naming the file."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such image")
     try:
         with Image.open(path, formats=formats) as image:
@@ -330,10 +332,11 @@ class ImageRecord(NamedTuple):
 
 
 def _text(text, where):
-    """A sentence without the space around it. Raises DataError if nothing is left."""
+    """A sentence without the space around it, and nothing in it that cannot be printed as UTF-8 (JSON's lone
+    surrogates). Raises DataError if nothing is left."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where} is empty: say what it refers to, or take it out")
-    return text.strip()
+    return text.strip().encode("utf-8", "replace").decode()
 
 
 def _inside(folders, name, where):
@@ -347,7 +350,7 @@ def _inside(folders, name, where):
         if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
             raise DataError(f"{where}: path {name[:200]!r} leaves the folder {folder}: keep the files in it")
         candidates.append(path)
-    return next((p for p in candidates if p.is_file()), candidates[0])
+    return next((p for p in candidates if os.path.isfile(p)), candidates[0])
 
 
 def _raise(error):
@@ -402,8 +405,8 @@ class RefCOCO:
         refs, instances = (self.root / name / file for file in (f"refs({REFS_BY[name]}).p", "instances.json"))
         folders = [self.root / f for f in (("images/shapes",) if name == "shapes" else
                                            ("images/mscoco/images/train2014", "train2014"))]
-        missing = [str(p) for p in (refs, instances) if not p.is_file()]
-        if not any(f.is_dir() for f in folders):
+        missing = [str(p) for p in (refs, instances) if not os.path.isfile(p)]
+        if not any(os.path.isdir(f) for f in folders):
             missing.append(" or ".join(map(str, folders)))
         if missing:
             raise DataError(f"--data-root {self.root}: {name} is not complete there, tried {', '.join(missing)}")
@@ -460,8 +463,8 @@ class RefCOCO:
         return ImageRecord(image_id, name, width, height)
 
     def _open_json(self, report):
-        path = Path(self.dataset) if Path(self.dataset).is_file() else self.root / self.dataset
-        if not path.is_file():
+        path = Path(self.dataset) if os.path.isfile(self.dataset) else self.root / self.dataset
+        if not os.path.isfile(path):
             raise DataError(f"--dataset {self.dataset}: no such file, nor {path}")
         entries = read_json(path)
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -504,7 +507,7 @@ class RefCOCO:
         name = self.images[image].file_name
         tried = [folder / name for folder in self.folders] or [Path(name)]
         for path in tried:
-            if path.is_file():
+            if os.path.isfile(path):
                 return path
         raise DataError(f"image {self.images[image].id} is missing, tried {', '.join(map(str, tried))}")
 
@@ -661,7 +664,7 @@ def check(root, dataset, quick=False):
     if dataset == "combined":
         raise DataError(f"--dataset combined is made of {', '.join(UNION)}: check them one by one")
     problems = []
-    data = RefCOCO(root, dataset, "all", report=lambda error: problems.append(one_line(error)))
+    data = RefCOCO(root, dataset, "all", report=lambda error: problems.append(str(error)))
     published = PUBLISHED.get(dataset, {})
     splits = {ref.split for ref in data.refs}
     rows, seen = [("split", "refs", "images", "sentences", "published")], {}
@@ -670,7 +673,7 @@ def check(root, dataset, quick=False):
         images = {data.refs[i].image for i in refs}
         counts = (len(refs), len(images), sum(s.ref in refs for s in data.sentences))
         expected = published.get(split)
-        rows.append((str(split), *map(str, counts), " / ".join(map(str, expected)) if expected else "-"))
+        rows.append((one_line(split), *map(str, counts), " / ".join(map(str, expected)) if expected else "-"))
         if expected and counts != expected:
             problems.append(f"{split}: {' / '.join(map(str, counts))} refs / images / sentences, published "
                             f"{' / '.join(map(str, expected))}")
@@ -691,13 +694,13 @@ def check(root, dataset, quick=False):
         try:
             data.path(i) if quick else data.image(i)
         except DataError as error:
-            problems.append(one_line(error))
+            problems.append(str(error))
     for i in tqdm(range(len(data.refs)), "masks", disable=None):
         try:
             if not data.mask(i).any():
                 problems.append(f"the mask of ref {data.refs[i].ref_id} is empty")
         except DataError as error:
-            problems.append(one_line(error))
+            problems.append(str(error))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     print("\n".join("  ".join(row[c].rjust(w) for c, w in enumerate(widths)) for row in rows))
     return problems
@@ -726,7 +729,7 @@ def main(args):
         return 0
     problems = check(args.root, args.dataset, args.quick)
     for line in problems[:50]:
-        print(f"- {line}")
+        print(f"- {one_line(line)}")
     if len(problems) > 50:
         print(f"- and {len(problems) - 50} more")
     print(f"{args.dataset} in {args.root}: {f'{len(problems)} problems' if problems else 'complete'}")

@@ -160,6 +160,13 @@ def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
     assert peak < 2**20
 
 
+@pytest.mark.parametrize("content", [{}, REFS[0], "refs", 7, [7], [REFS], [REFS[0] | {"sentences": None}]])
+def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
+    (tmp_path / "r.p").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(DataError, match="r.p"):
+        data.load_refs(tmp_path / "r.p")
+
+
 def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
     shared = ref(0, 1, sentences=["a"] * 999)
     (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(999)], 2))
@@ -476,6 +483,17 @@ def test_own_json_gives_the_same_records_as_refcoco(tmp_path):
     assert dataset.image(0).size == dataset.mask(0).shape[::-1] == (23, 17)
     assert dataset.mask(0).sum() == 20
     assert dataset.mask(1).sum() == 18
+
+
+def test_a_name_too_long_for_the_disk_is_a_missing_image(tmp_path):
+    dataset = RefCOCO(tmp_path, write_own(tmp_path, A | {"image": "a" * 300}), "train")
+    with pytest.raises(DataError, match="is missing, tried"):
+        dataset.image(0)
+
+
+def test_a_sentence_can_always_be_printed(tmp_path):
+    path = write_own(tmp_path, A | {"sentences": ["a \ud800 b"]})
+    assert RefCOCO(tmp_path, path, "train").sentences[0].text == "a ? b"
 
 
 def test_own_json_splits(tmp_path):
