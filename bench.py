@@ -1,0 +1,266 @@
+"""What the fused kernels cost and save: `python bench.py kernels`.
+
+Every kernel is compiled ahead of time for three generations of GPU: registers, spilled bytes, shared memory, the
+tensor-core instruction. The bytes that each path moves are counted, and a roofline turns them into the least time that
+a GPU could take; that is an estimate, no GPU is needed and none was asked. Where there is a GPU the table also has
+measured times of the kernels, of eager PyTorch and of torch.compile, after a check that all three compute the same.
+
+How bytes are counted. Eager PyTorch: the tensors that each operator reads and writes, as it is dispatched. Fused: the
+tensors that each kernel is handed. That a kernel brings each of them from memory once is what the tiling is made for
+(see _tile in kernels/adapter.py); that it accesses nothing else is tested in the interpreter. Counted on meta tensors,
+which have shapes and no data.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import math
+import re
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import kernels
+
+ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}  # CUDA compute capability (sm_80 ...) and a card that has it
+# Bytes and bf16 operations a second, from NVIDIA's data sheets (SXM, 80 GB, without sparsity).
+PEAKS = {"H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}
+# A batch of 32: images of 1 + 40 * 40 tokens, sentences of 77 at most. Widths, bottlenecks and image sizes of Table A1.
+ADAPTERS = {"Adapter, B image": (51232, 896, 448), "Adapter, B text": (2464, 640, 320),
+            "Adapter, L image": (51232, 1024, 512), "Adapter, L text": (2464, 768, 384)}  # N, D, H
+LOSSES = {"dice + focal, stage 1": (32, 1600), "dice + focal, stage 2": (32, 2, 640, 640)}
+
+
+def adapter_inputs(N, D, H, device):
+    """x (N, D) and the five parameters in bf16, all with gradients."""
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    inputs = random(N, D), random(H, D) / D**0.5, random(H), random(D, H) / H**0.5, random(D), random(D)
+    return [t.requires_grad_() for t in inputs]
+
+
+def loss_inputs(*shape, device):
+    """float32 logits with gradient, bool target."""
+    return [torch.randn(shape, device=device).requires_grad_(), torch.randn(shape, device=device) > 0]
+
+
+def gradients(function, inputs, dy):
+    """The output, then the gradient of every input that has one."""
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
+
+
+# ---- bytes and rooflines --------------------------------------------------------------------------------------------
+
+class Operations(TorchDispatchMode):
+    """Notes the bytes and the arithmetic of every torch operator and every Triton launch; launches do not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.costs, self.launches = [], []  # (bytes, operations), (kernel, arguments by name, compiler options)
+
+    def __enter__(self):
+        from triton.runtime.jit import JITFunction
+        self.patch = mock.patch.object(JITFunction, "run", lambda kernel, *args, **kw: self.launch(kernel, args, **kw))
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        if not op.is_view and "empty" not in op.name():
+            count = flop_registry.get(op.overloadpacket)
+            self.note((args, kwargs, out), count(*args, **kwargs, out_val=out) if count else 0)
+        return out
+
+    def launch(self, kernel, args, grid, warmup, num_warps, num_stages=3, **constants):
+        arguments = dict(zip(kernel.arg_names, args, strict=False))  # the constants come by name
+        product = [v for name, v in arguments.items() if name in ("N", "D", "H", "P", "Q")]
+        self.note(args, 2 * math.prod(product) if product else 0)
+        self.launches.append((kernel, arguments | constants, dict(num_warps=num_warps, num_stages=num_stages)))
+
+    def note(self, tensors, arithmetic):
+        """Adds one operation. An expanded tensor (stride 0) counts as what it was expanded from."""
+        moved = sum(t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
+                    for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+        self.costs.append((moved, arithmetic))
+
+    def megabytes(self):
+        return sum(moved for moved, _ in self.costs) / 1e6
+
+    def roofline(self, gpu):
+        """Microseconds: of each operation's two times, to move its bytes and to do its arithmetic, the longer one."""
+        bandwidth, peak = PEAKS[gpu]
+        return 1e6 * sum(max(moved / bandwidth, arithmetic / peak) for moved, arithmetic in self.costs)
+
+
+def count_eager(reference, inputs):
+    """Operations of the plain-torch reference: forward alone, forward and backward."""
+    with torch.no_grad(), Operations() as forward:
+        dy = reference(*inputs)
+    with Operations() as both:
+        gradients(reference, inputs, dy)
+    return forward, both
+
+
+def count_fused(name, inputs):
+    """Operations of what autograd calls on a GPU, kernels.NAME's forward and backward: forward alone, both."""
+    module = importlib.import_module(f"kernels.{name}")
+    inputs = [t.detach() for t in inputs]
+    if name == "dice_focal":  # as the public function hands them on
+        logits, target = (t.flatten(0, -3).flatten(1) if t.dim() == 4 else t for t in inputs)
+        inputs = [logits, target.view(torch.uint8), 0.65, 2.0]
+    with Operations() as forward:
+        kept = module.forward(*inputs)
+    with Operations() as backward:
+        if name == "adapter":
+            (y, h), (x, w_down, _, w_up, b_up, scale) = kept, inputs
+            module.backward(y, x, h, w_down, w_up, b_up, scale)  # y has dy's shape
+        else:
+            module.backward(kept, *inputs)
+    backward.costs = forward.costs + backward.costs
+    backward.launches = forward.launches + backward.launches
+    return forward, backward
+
+
+# ---- compiling without a GPU ----------------------------------------------------------------------------------------
+
+def compile_launch(kernel, arguments, options, capability):
+    """Compiles a noted launch as Triton would at its first run on such a GPU, and says what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if kernel.params[i].is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]  # allows loads of 16 bytes; torch aligns its tensors
+    log = io.StringIO()
+    with (mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log),
+          mock.patch.object(triton.knobs.compilation, "always_compile", True)):  # a cached kernel leaves no log
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
+                                  target=GPUTarget("cuda", capability, 32), options=options)
+    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", log.getvalue())[1]) for kind in ("stores", "loads"))
+    return dict(kernel=kernel.__name__, capability=capability, constants={k: str(v) for k, v in constants.items()},
+                signature=signature, registers=int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+                spilled=stores + loads, shared=compiled.metadata.shared,
+                tensor_core=sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma(?=\.)",
+                                                  compiled.asm["ptx"]))))
+
+
+def compile_all(launches, capabilities):
+    """compile_launch of every launch that differs from the ones before in more than the sizes of its tensors."""
+    rows, seen = [], set()
+    for kernel, arguments, options in launches:
+        key = (kernel.__name__, str({k: v.dtype if isinstance(v, torch.Tensor) else v % 16 if type(v) is int else v
+                                     for k, v in arguments.items()}))
+        if key not in seen:
+            seen.add(key)
+            rows += [compile_launch(kernel, arguments, options, capability) for capability in capabilities]
+    return rows
+
+
+# ---- times, where there is a GPU ------------------------------------------------------------------------------------
+
+def check(fused, reference, inputs, dy):
+    """Stops unless the kernels' error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
+    exact = gradients(reference, [t.detach().double().requires_grad_() if t.requires_grad else t for t in inputs],
+                      dy.double())
+    for a, b, truth in zip(gradients(fused, inputs, dy), gradients(reference, inputs, dy), exact, strict=True):
+        ours, eager, size = (t.square().mean().sqrt().item() for t in (a - truth, b - truth, truth))
+        if not ours <= max(1.5 * eager, 1e-6 * size):
+            raise SystemExit(f"the kernels are wrong here: error {ours:.2e}, eager {eager:.2e}, size {size:.2e}")
+
+
+def measure(fused, reference, inputs):
+    """Milliseconds of forward and backward: fused, eager, torch.compile."""
+    from triton.testing import do_bench
+
+    dy = torch.randn_like(reference(*inputs))
+    check(fused, reference, inputs, dy)
+    return [do_bench(lambda f=f: gradients(f, inputs, dy)) for f in (fused, reference, torch.compile(reference))]
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+def table(rows):
+    """Rows of equal keys as a markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def resource_rows(compiled):
+    """One row for each kernel: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
+    rows = {}
+    for c in compiled:
+        row = rows.setdefault(c["kernel"], {"kernel": f"`{c['kernel']}`"})
+        row[f"sm_{c['capability']} ({ARCHITECTURES[c['capability']]})"] = (
+            f"{c['registers']} / {c['spilled']} / {c['shared'] / 1024:.0f} {' '.join(c['tensor_core'])}")
+    return list(rows.values())
+
+
+def kernels_command(args):
+    """Compiles, counts, and with a GPU times. Returns what --json holds."""
+    names = ["adapter"] * len(ADAPTERS) + ["dice_focal"] * len(LOSSES)
+    launches, rows = [], []
+    for name, (title, shape) in zip(names, (ADAPTERS | LOSSES).items(), strict=True):
+        make = adapter_inputs if name == "adapter" else loss_inputs
+        fused, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
+        inputs = make(*shape, device="meta")
+        times = measure(fused, reference, make(*shape, device="cuda")) if torch.cuda.is_available() else []
+        for work, ours, eager in zip(("forward", "forward + backward"), count_fused(name, inputs),
+                                     count_eager(reference, inputs), strict=True):
+            row = {"": f"{title} {'x'.join(map(str, shape))}", "pass": work, "fused MB": f"{ours.megabytes():.1f}",
+                   "eager MB": f"{eager.megabytes():.1f}"}
+            for gpu in PEAKS:
+                row[f"{gpu} us, fused / eager (estimate)"] = f"{ours.roofline(gpu):.1f} / {eager.roofline(gpu):.1f}"
+            if times:
+                row["measured ms, fused / eager / torch.compile"] = (
+                    " / ".join(f"{t:.3f}" for t in times) if work != "forward" else "")
+            rows.append(row)
+        launches += ours.launches
+    compiled = compile_all(launches, ARCHITECTURES)
+    print("Registers a thread / spilled bytes / shared KiB a block, tensor-core instruction, compiled ahead of time:\n")
+    print(table(resource_rows(compiled)), end="\n\n")
+    print("Bytes moved (counted) and roofline (estimated from the data sheets' peaks; nothing measured):\n"
+          if not torch.cuda.is_available() else f"Bytes, roofline and time on {torch.cuda.get_device_name()}:\n")
+    print(table(rows))
+    return dict(compiled=compiled, traffic=rows)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("kernels", help="resources, bytes and rooflines of the fused kernels")
+    command.add_argument("--json", metavar="F", help="also write the figures to this file")
+    command.set_defaults(run=kernels_command)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    result = args.run(args)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1, default=str)
+        print(f"\nwrote {args.json}")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())
