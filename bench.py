@@ -179,7 +179,7 @@ def compile_all(launches, capabilities):
 # ---- times, where there is a GPU ------------------------------------------------------------------------------------
 
 def check(fused, reference, inputs, dy):
-    """Stops unless the kernels' error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
+    """Stops unless the error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
     exact = gradients(reference, [t.detach().double().requires_grad_() if t.requires_grad else t for t in inputs],
                       dy.double())
     for a, b, truth in zip(gradients(fused, inputs, dy), gradients(reference, inputs, dy), exact, strict=True):

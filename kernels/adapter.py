@@ -51,7 +51,8 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
         raise ValueError(f"x must be floating point of shape (..., D), got {x.dtype} of shape {tuple(x.shape)}")
     D, H = x.shape[-1], w_down.shape[0] if w_down.dim() else 0
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast &= x.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     needed = {"w_down": (H, D), "b_down": (H,), "w_up": (D, H), "b_up": (D,), "scale": (D,)}
     parameters = dict(w_down=w_down, b_down=b_down, w_up=w_up, b_up=b_up, scale=scale)
@@ -102,7 +103,8 @@ def _product(a_ptr, b_ptr, rows, cols, row_ok, col_ok, first, last, a_row, a_k, 
     """sum over first <= k < last of A[rows, k] * B[k, cols], a tile in registers. a_row ... b_col are strides.
 
     A stride is the distance in memory from one row (or k, or column) to the next: A^T is A with its strides swapped.
-    Elements outside the matrices are loaded as 0, which adds nothing to the sum.
+    Elements outside the matrices are loaded as 0, which adds nothing to the sum. (Elsewhere what a mask leaves out is
+    undefined, and is not stored either.)
     """
     k = first + tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows[:, None] * a_row + k[None, :] * a_k
@@ -124,7 +126,7 @@ def _down_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, N, D, H, DOT: tl.constexpr, ACC:
     """1. h = relu(x w_down^T + b_down). x is loaded cdiv(H, BLOCK_N) times, w_down cdiv(N, BLOCK_M) times."""
     rows, cols, row_ok, col_ok = _tile(N, H, BLOCK_M, BLOCK_N)
     pre = _product(x_ptr, w_ptr, rows, cols, row_ok, col_ok, 0, D, D, 1, 1, D, DOT, ACC, BLOCK_K)
-    pre += tl.load(bias_ptr + cols[None, :], mask=col_ok, other=0.0).to(ACC)
+    pre += tl.load(bias_ptr + cols[None, :], mask=col_ok).to(ACC)
     h = tl.where(pre < 0, 0.0, pre)  # not maximum, which would hide a NaN
     tl.store(h_ptr + rows[:, None] * H + cols[None, :], h.to(h_ptr.dtype.element_ty), mask=row_ok & col_ok)
 
@@ -135,10 +137,10 @@ def _up_kernel(h_ptr, w_ptr, bias_ptr, scale_ptr, x_ptr, y_ptr, N, D, H, DOT: tl
     """2. y = x + scale * (h w_up^T + b_up). h is loaded cdiv(D, BLOCK_N) times, w_up cdiv(N, BLOCK_M), x once."""
     rows, cols, row_ok, col_ok = _tile(N, D, BLOCK_M, BLOCK_N)
     z = _product(h_ptr, w_ptr, rows, cols, row_ok, col_ok, 0, H, H, 1, 1, H, DOT, ACC, BLOCK_K)
-    z += tl.load(bias_ptr + cols[None, :], mask=col_ok, other=0.0).to(ACC)
-    scale = tl.load(scale_ptr + cols[None, :], mask=col_ok, other=0.0).to(ACC)
+    z += tl.load(bias_ptr + cols[None, :], mask=col_ok).to(ACC)
+    scale = tl.load(scale_ptr + cols[None, :], mask=col_ok).to(ACC)
     here = rows[:, None] * D + cols[None, :]
-    x = tl.load(x_ptr + here, mask=row_ok & col_ok, other=0.0).to(ACC)
+    x = tl.load(x_ptr + here, mask=row_ok & col_ok).to(ACC)
     tl.store(y_ptr + here, (x + scale * z).to(y_ptr.dtype.element_ty), mask=row_ok & col_ok)
 
 
@@ -152,7 +154,7 @@ def _dpre_kernel(dy_ptr, w_ptr, h_ptr, dpre_ptr, sum_ptr, N, D, H, DOT: tl.const
     rows, cols, row_ok, col_ok = _tile(N, H, BLOCK_M, BLOCK_N)
     dh = _product(dy_ptr, w_ptr, rows, cols, row_ok, col_ok, 0, D, D, 1, H, 1, DOT, ACC, BLOCK_K)
     here = rows[:, None] * H + cols[None, :]
-    h = tl.load(h_ptr + here, mask=row_ok & col_ok, other=0.0)
+    h = tl.load(h_ptr + here, mask=row_ok & col_ok)
     dpre = tl.where(h > 0, dh, 0.0)
     tl.store(dpre_ptr + here, dpre.to(dpre_ptr.dtype.element_ty), mask=row_ok & col_ok)
     sums = tl.sum(dpre, axis=0)[None, :]

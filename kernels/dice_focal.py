@@ -119,7 +119,7 @@ def _sums_kernel(x_ptr, t_ptr, part_ptr, n, alpha, gamma, ACC: tl.constexpr, BLO
     sample, here, ok, x, t = _load(x_ptr, t_ptr, n, ACC, BLOCK)
     p, q, u, bce, alpha_t = _terms(x, t, alpha)
     focal = alpha_t * tl.exp(gamma * tl.log(u)) * bce
-    part_ptr += tl.program_id(0).to(tl.int64) * 4
+    part_ptr += tl.program_id(0) * 4
     tl.store(part_ptr, tl.sum(p * t, axis=0))  # t is 0 past the end
     tl.store(part_ptr + 1, tl.sum(tl.where(ok, p, 0.0), axis=0))
     tl.store(part_ptr + 2, tl.sum(t, axis=0))
