@@ -1,0 +1,316 @@
+"""Metrics, protocols and pictures of referring image segmentation (paper Sec. 4.1).
+
+    python evaluate.py runs/B --dataset refcoco --data-root DATA --split val
+    python evaluate.py runs/B --dataset refcoco --data-root DATA --split testA --protocol lavt --json lavt.json
+
+The protocols differ, and the numbers with them; the paper names none:
+
+    protocol   image to network         IoU is computed on          mask from the two score maps    P@X
+    original   squashed to a square     the image's own pixels      argmax                          IoU >= X
+    lavt       squashed to a square     the network's square        argmax                          IoU >= X
+    cris       letterboxed              the image's own pixels      foreground probability > 0.35   IoU > X
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+from data import DataError
+from risclip import RISCLIP, score_maps
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+BLUE, PINK = (40, 90, 255), (255, 60, 160)  # ground truth and prediction, as in the paper's figures
+
+
+class RISMetrics:
+    """oIoU, mIoU and P@X in percent, each sentence counted once.
+
+    IoU of two empty masks is 0, as in all the public protocols. `strict`: P@X counts IoU > X instead of IoU >= X.
+    Sums are exact, so that the order of updates does not matter.
+    """
+
+    def __init__(self, strict=False):
+        self.strict = strict
+        self.pairs = []  # (intersection, union) in pixels
+
+    def update(self, prediction, target):
+        """prediction, target: masks of one shape, bool or 0/1. Raises ValueError if the shapes differ."""
+        prediction, target = np.asarray(prediction, bool), np.asarray(target, bool)
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have one shape")
+        self.pairs.append((int((prediction & target).sum()), int((prediction | target).sum())))
+
+    def compute(self):
+        """-> {"oIoU", "mIoU", "P@0.5" ... "P@0.9", "sentences"}; 0 percent of no sentences."""
+        n = max(len(self.pairs), 1)
+        ious = [i / u if u else 0.0 for i, u in self.pairs]
+        result = {"oIoU": 100 * sum(i for i, _ in self.pairs) / max(sum(u for _, u in self.pairs), 1),
+                  "mIoU": 100 * math.fsum(ious) / n}
+        for x in THRESHOLDS:
+            result[f"P@{x}"] = 100 * sum(iou > x if self.strict else iou >= x for iou in ious) / n
+        return result | {"sentences": len(self.pairs)}
+
+
+# ---- Protocols ------------------------------------------------------------------------------------------------------
+
+def letterbox_box(width, height, size):
+    """Where a letterboxed image lies in the network's square: left, top, width, height in pixels (CRIS)."""
+    scale = size / max(width, height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    return (size - w) // 2, (size - h) // 2, w, h
+
+
+def letterbox(image, size):
+    """PIL image -> square PIL image, aspect kept, the border filled with CLIP's mean colour."""
+    left, top, w, h = letterbox_box(*image.size, size)
+    square = Image.new("RGB", (size, size), tuple(round(255 * m) for m in data.MEAN))
+    square.paste(image.resize((w, h), Image.BICUBIC), (left, top))
+    return square
+
+
+def masks_from_output(output, size, width, height, protocol="original", threshold=None):
+    """The network's output for one image's K sentences -> bool masks (K, H, W) on the protocol's grid.
+
+    size: the network's square, in pixels. `threshold` on the foreground's probability replaces the protocol's rule.
+    """
+    if protocol == "cris":
+        left, top, w, h = letterbox_box(width, height, size)
+        square = score_maps(output, (size, size))[:, :, top:top + h, left:left + w]
+        scores = F.interpolate(square, size=(height, width), mode="bilinear", align_corners=False)
+        threshold = 0.35 if threshold is None else threshold
+    else:
+        scores = score_maps(output, (size, size) if protocol == "lavt" else (height, width))
+    masks = scores.argmax(dim=1) > 0 if threshold is None else scores[:, 1].sigmoid() > threshold
+    return masks.cpu().numpy()
+
+
+class ByImage(Dataset):
+    """One item an image: its pixels for the network, and all its sentences with their ground truth."""
+
+    def __init__(self, dataset, size, protocol, limit=None):
+        self.dataset, self.size, self.protocol = dataset, size, protocol
+        sentences = {}
+        for i, sentence in enumerate(dataset.sentences):
+            sentences.setdefault(sentence.image, []).append(i)
+        self.items = list(sentences.items())[:limit]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        number, sentences = self.items[i]
+        image = self.dataset.image(number)
+        sentences = [self.dataset.sentences[s] for s in sentences]
+        masks = {s.ref: self.dataset.mask(s.ref) for s in sentences}
+        if self.protocol == "lavt":  # ground truth by nearest neighbour on the network's square
+            masks = {r: np.asarray(Image.fromarray(m).resize((self.size, self.size), Image.NEAREST))
+                     for r, m in masks.items()}
+        pixels = data.preprocess(letterbox(image, self.size) if self.protocol == "cris" else image, self.size)
+        return image, pixels, sentences, masks
+
+
+MASK = ("mask_logits", None)  # a readout: the model's output and the threshold (None: the protocol's rule)
+
+
+@torch.inference_mode()
+def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,)):
+    """Yields (image, sentences, targets by ref, masks by readout, (K, H, W) each) for every image with its K sentences.
+
+    All sentences of an image make one forward pass, and nothing else does: results depend on no batch size. The readout
+    ("patch_logits", t) is the map upsampled bilinearly and cut at probability t, as if there were no decoder.
+    """
+    model.eval()
+    device = model.map_bias.device
+    loader = DataLoader(ByImage(dataset, model.config.image_size, protocol, limit), batch_size=None,
+                        num_workers=workers, collate_fn=lambda item: item)
+    for image, pixels, sentences, targets in tqdm(loader, "evaluate", unit="image", leave=False):
+        tokens = model.tokenize([s.text for s in sentences]).to(device)
+        index = torch.zeros(len(sentences), dtype=torch.long, device=device)
+        output = model(pixels[None].to(device), tokens, index)
+        masks = {}
+        for name, threshold in readouts:
+            source = output if name in MASK else {name: output[name]}
+            size = model.config.image_size
+            masks[name, threshold] = masks_from_output(source, size, *image.size, protocol, threshold)
+        yield image, sentences, targets, masks
+
+
+def evaluate(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,)):
+    """-> for each readout RISMetrics.compute() over all sentences, and under "kinds" by kind of expression, if any."""
+    strict, start, images = protocol == "cris", time.time(), 0
+    metrics = {readout: {None: RISMetrics(strict)} for readout in readouts}
+    for _, sentences, targets, masks in predictions(model, dataset, protocol, workers, limit, readouts):
+        images += 1
+        for readout, by_kind in metrics.items():
+            for sentence, mask in zip(sentences, masks[readout]):
+                for kind in {None, sentence.kind}:
+                    by_kind.setdefault(kind, RISMetrics(strict)).update(mask, targets[sentence.ref])
+    results = {}
+    for readout, by_kind in metrics.items():
+        results[readout] = by_kind.pop(None).compute()
+        results[readout] |= {"images": images, "protocol": protocol, "seconds": time.time() - start}
+        if by_kind:
+            results[readout]["kinds"] = {kind: by_kind[kind].compute() for kind in sorted(by_kind)}
+    return results
+
+
+def best_map_readout(model, dataset, limit=150):
+    """The map's readout whose threshold gives the highest mIoU on validation scenes: a map is then compared for what
+    it shows, not for its calibration."""
+    readouts = [("patch_logits", i / 20) for i in range(4, 15)]
+    results = evaluate(model, dataset, limit=limit, readouts=readouts)
+    return max(readouts, key=lambda readout: results[readout]["mIoU"])
+
+
+def table(results):
+    """{row name: evaluate()'s result} -> a Markdown table, mIoU by kind of expression last."""
+    kinds = sorted({k for r in results.values() for k in r.get("kinds", {})})
+    columns = ["mIoU", "oIoU", *(f"P@{x}" for x in THRESHOLDS)]
+    head = ["", *columns, *(f"mIoU {k} ({next(iter(results.values()))['kinds'][k]['sentences']})" for k in kinds)]
+    rows = [[name, *(f"{r[c]:.2f}" for c in columns), *(f"{r['kinds'][k]['mIoU']:.2f}" for k in kinds)]
+            for name, r in results.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+def overlay(image, mask, colour, strength=0.55):
+    """PIL image with a bool mask (H, W) tinted and outlined."""
+    pixels = np.asarray(image.convert("RGB"), np.float32).copy()
+    mask = np.asarray(mask, bool)
+    pixels[mask] = (1 - strength) * pixels[mask] + strength * np.array(colour, np.float32)
+    inner = mask.copy()
+    for axis in (0, 1):
+        for shift in (1, -1):
+            inner &= np.roll(mask, shift, axis)
+    pixels[mask & ~inner] = colour
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def wrap(text, width, font):
+    """Breaks a text into lines that fit `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
+    return lines
+
+
+def panel(pictures, caption, height=240):
+    """Pictures side by side, the sentence under them."""
+    pictures = [p.resize((max(1, round(p.width * height / p.height)), height), Image.LANCZOS) for p in pictures]
+    font = ImageFont.load_default(15)
+    width = sum(p.width for p in pictures) + 4 * (len(pictures) - 1)
+    lines = wrap(caption, width - 8, font)
+    sheet = Image.new("RGB", (width, height + 10 + 19 * max(2, len(lines))), "white")
+    x = 0
+    for p in pictures:
+        sheet.paste(p, (x, 0))
+        x += p.width + 4
+    ImageDraw.Draw(sheet).text((4, height + 4), "\n".join(lines), fill="black", font=font, spacing=4)
+    return sheet
+
+
+def contact_sheet(panels, columns=3, gap=12):
+    """Panels in a grid on white."""
+    rows = [panels[i:i + columns] for i in range(0, len(panels), columns)]
+    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(min(columns, len(panels)))]
+    heights = [max(p.height for p in row) for row in rows]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(rows) + 1)), "white")
+    y = gap
+    for row, height in zip(rows, heights):
+        x = gap
+        for p, width in zip(row, widths):
+            sheet.paste(p, (x, y))
+            x += width + gap
+        y += height + gap
+    return sheet
+
+
+def check_picture(path):
+    """Raises DataError unless `path` names a picture format that can be written, in a folder that can be made."""
+    path = Path(path)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise DataError(f"{path}: no picture format has the ending {path.suffix!r}; give .png or .jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.check_writable(path.parent)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}): give another place") from error
+
+
+def save_picture(picture, path):
+    """Writes a picture whole or not at all. Raises DataError if it cannot be written."""
+    check_picture(path)
+    path = Path(path)
+    aside = path.with_name(f".partial{path.suffix}")
+    try:
+        picture.save(aside)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written ({error}): give another place") from error
+
+
+def samples(model, dataset, count=12):
+    """The first sentence of evenly spaced images: ground truth in blue, prediction in pink, the sentence under them."""
+    panels = []
+    images = len({s.image for s in dataset.sentences})
+    step = max(1, images // count)
+    for i, (image, sentences, targets, masks) in enumerate(predictions(model, dataset, limit=step * count)):
+        if i % step == 0:
+            k = (i // step) % len(sentences)
+            sentence = sentences[k]
+            panels.append(panel([overlay(image, targets[sentence.ref], BLUE), overlay(image, masks[MASK][k], PINK)],
+                                sentence.text))
+    return contact_sheet(panels)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run's --out, one checkpoint in it, or a name on the Hugging Face Hub")
+    parser.add_argument("--dataset", default="shapes", help="shapes, refcoco, refcoco+, refcocog or a JSON file")
+    parser.add_argument("--data-root", default="data", help="where the data sets lie (default: data)")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--protocol", default="original", choices=("original", "lavt", "cris"))
+    parser.add_argument("--json", metavar="F", help="write the figures there")
+    parser.add_argument("--figures", metavar="DIR", help="write samples.png there")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    parser.add_argument("--image-size", type=int, help="other than the checkpoint's")
+    parser.add_argument("--clip", help="the frozen weights, if they lie elsewhere than in training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's, other than in training")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    changes = {k: getattr(args, k) for k in ("image_size", "clip", "precision") if getattr(args, k)}
+    model = RISCLIP.from_pretrained(args.checkpoint, **changes).to(args.device)
+    dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
+    result = evaluate(model, dataset, args.protocol, args.workers, args.limit)[MASK]
+    result |= {"dataset": args.dataset, "split": args.split}
+    print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "
+          f"{result['images']} images")
+    print(table({str(args.checkpoint): result}))
+    if args.json:
+        data.write_text(args.json, json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    if args.figures:
+        save_picture(samples(model, dataset), Path(args.figures) / "samples.png")
+        print(f"wrote {Path(args.figures) / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(data.run(main, parse_args()))

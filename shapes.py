@@ -1,0 +1,384 @@
+"""The shapes world: scenes of coloured shapes with sentences that are true of exactly one of them.
+
+The miniature's data. `write_shapes` puts scenes on disk as RefCOCO is, so that data.py reads them like any other set;
+`Captioned` draws the scenes and captions that the tiny CLIP learns from (train.py --stage 0).
+"""
+
+import json
+import math
+import pickle
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214), "yellow": (238, 200, 40),
+           "purple": (150, 62, 186), "white": (238, 238, 238)}
+KINDS = ("circle", "square", "triangle", "star", "cross")
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0),  # pixels; kept well apart so that the words are never doubtful
+         "close": (24.0, 42.0)}  # a close-up, which no sentence names; for the tiny CLIP's training alone
+SCENE = 96  # pixels, both sides
+FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}  # area over radius squared
+WALL = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: smaller is nearer the wall
+NEAR = 36  # pixels between the centres of what a caption calls neighbours
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One object of a scene: its words, centre and radius in pixels, and rotation in radians."""
+
+    size: str
+    colour: str
+    kind: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+
+
+def _outline(shape):
+    """Corners of a shape, (n, 2) in pixels."""
+    def ring(n, radius, start):
+        angle = start + np.arange(n) * 2 * np.pi / n
+        return np.stack([np.cos(angle), np.sin(angle)], 1) * np.broadcast_to(radius, n)[:, None]
+
+    r, up = shape.radius, -np.pi / 2 + shape.turn
+    if shape.kind == "circle":
+        corners = ring(40, r * 0.92, 0)
+    elif shape.kind == "square":
+        corners = ring(4, r * 1.13, up + np.pi / 4)
+    elif shape.kind == "triangle":
+        corners = ring(3, r * 1.2, up) + [0, r * 0.15]
+    elif shape.kind == "star":
+        corners = ring(10, np.tile([r * 1.18, r * 0.55], 5), up)
+    else:  # a cross: a plus with arms as wide as a third of it
+        a, b = r * 0.36, r * 1.05
+        plus = np.array([[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a],
+                         [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]])
+        c, s = np.cos(shape.turn), np.sin(shape.turn)
+        corners = plus @ np.array([[c, s], [-s, c]])
+    return corners + [shape.x, shape.y]
+
+
+def draw_palette(rng):
+    """Two or three colours and two or three kinds: the neighbours in a scene share attributes."""
+    return rng.sample(list(COLOURS), rng.choice((2, 2, 3))), rng.sample(KINDS, rng.choice((2, 2, 3)))
+
+
+def draw_words(rng, palette, count):
+    """`count` objects of a palette, as (size, colour, kind)."""
+    colours, kinds = palette
+    return [(rng.choice(list(SIZE_WORDS)), rng.choice(colours), rng.choice(kinds)) for _ in range(count)]
+
+
+def draw_scene(rng, words):
+    """A layout of the objects -> (shapes, image (96, 96, 3) uint8, owner (96, 96) uint8).
+
+    `owner` is 0 on the ground and k + 1 where shape k is what one sees; shapes may be partly covered by later ones.
+    """
+    while True:  # a crowded draw may not fit: draw again
+        shapes = []
+        for size, colour, kind in words:
+            radius = rng.uniform(*RADII[size])
+            for _ in range(40):
+                x, y = rng.uniform(radius, SCENE - radius), rng.uniform(radius, SCENE - radius)
+                if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in shapes):
+                    shapes.append(Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3)))
+                    break
+        if len(shapes) == len(words):
+            image, owner = _paint(shapes, rng)
+            visible = np.bincount(owner.ravel(), minlength=len(shapes) + 1)[1:]
+            if all(seen > 0.6 * FILL[s.kind] * s.radius**2 for seen, s in zip(visible, shapes)):
+                return shapes, image, owner
+
+
+def _paint(shapes, rng):
+    noise = np.random.default_rng(rng.getrandbits(32))
+    coarse = noise.normal(rng.uniform(70, 130), 16, (rng.randint(4, 9), rng.randint(4, 9), 1)) + noise.normal(0, 6, 3)
+    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((SCENE, SCENE), Image.BICUBIC)
+    ground = np.asarray(ground, np.float32) + noise.normal(0, 5, (SCENE, SCENE, 1))
+    zoom = 4  # drawn large and averaged down: soft edges in the picture
+    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((SCENE * zoom,) * 2, Image.NEAREST)
+    owner = Image.new("L", (SCENE, SCENE))
+    paint, claim = ImageDraw.Draw(canvas), ImageDraw.Draw(owner)
+    for k, shape in enumerate(shapes):
+        colour = tuple(int(c + noise.normal(0, 5)) for c in COLOURS[shape.colour])
+        corners = _outline(shape)
+        edge = tuple(int(c * 0.6) for c in colour)
+        paint.polygon([tuple(p) for p in corners * zoom], fill=colour, outline=edge, width=zoom)
+        claim.polygon([tuple(p) for p in corners - 0.5], fill=k + 1)  # pixel centres lie at + 0.5
+    return np.asarray(canvas.reduce(zoom)), np.asarray(owner)
+
+
+def _matches(shape, words):
+    return all(want is None or want == have for want, have in zip(words, (shape.size, shape.colour, shape.kind)))
+
+
+def _phrase(words, rng):
+    size, colour, kind = words
+    if size:
+        size = rng.choice(SIZE_WORDS[size])
+    return " ".join(w for w in (size, colour, kind or rng.choice(("shape", "object", "thing"))) if w)
+
+
+def expressions(shapes, target, rng):
+    """Sentences true of shape `target` alone -> {"attribute": [...], "position": [...], "relation": [...]}.
+
+    What two people could see differently is left out: a place needs 6 pixels to the next candidate, a relation 8 to
+    be true and has to be clearly false (2) of every other candidate. The head noun of a position or relation fits
+    two objects or more.
+    """
+    me = shapes[target]
+    descriptions = [(s, c, k) for s in (None, me.size) for c in (None, me.colour) for k in (None, me.kind)]
+    fits = {d: [i for i, o in enumerate(shapes) if _matches(o, d)] for d in descriptions}
+    heads = [d for d in descriptions if len(fits[d]) > 1]
+    found = {"attribute": [], "position": [], "relation": []}
+    the = rng.choice(("the ", "the ", ""))
+
+    # attribute: two or three of its words together, and no fewer, single it out
+    for d in descriptions:
+        if len(fits[d]) == 1 and sum(w is not None for w in d) > 1:
+            found["attribute"].append(the + _phrase(d, rng))
+
+    # position: first, last or n-th of those it could be confused with
+    for d in heads:
+        for wall, (axis, sign) in WALL.items():
+            order = sorted(fits[d], key=lambda i: sign * (shapes[i].x, shapes[i].y)[axis])
+            place = order.index(target)
+            at = [sign * (shapes[i].x, shapes[i].y)[axis] for i in order]
+            near = at[place] - at[place - 1] if place else 99
+            if min(near, at[place + 1] - at[place] if place + 1 < len(at) else 99) < 6:
+                continue
+            noun = _phrase(d, rng)
+            if place == 0:
+                most = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}[wall]
+                found["position"] += [f"{the}{most} {noun}", f"{noun} {'at' if axis else 'on'} the {wall}",
+                                      f"{the}{noun} closest to the {wall} edge"]
+                if len(order) == 2:
+                    found["position"].append(f"{the}{wall} {noun}")
+            elif place < 3 and len(order) > 2:
+                found["position"].append(f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}")
+
+    # relation: to an anchor that its words single out, or (a chain) that a second relation singles out
+    for d in heads:
+        for a, anchor in enumerate(shapes):
+            if a == target:
+                continue
+            for relation in (*RELATIONS, "closest to"):
+                if not _holds_for_one(shapes, fits[d], target, relation, anchor):
+                    continue
+                name = _unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng)
+                if name:
+                    link = rng.choice(_LINKS[relation])
+                    found["relation"].append(f"{the}{_phrase(d, rng)} {link} the {name}")
+    return found
+
+
+_LINKS = {"left of": ("left of", "to the left of", "that is left of"), "right of": ("right of", "to the right of",
+          "that is on the right of"), "above": ("above", "that is above", "higher than"),
+          "below": ("below", "under", "that is below"), "closest to": ("closest to", "nearest to", "next to")}
+
+
+def _holds_for_one(shapes, candidates, target, relation, anchor):
+    """Whether the relation to the anchor is clearly true of the target and clearly false of the other candidates."""
+    others = [shapes[i] for i in candidates if i != target and shapes[i] is not anchor]
+    me = shapes[target]
+    if relation == "closest to":
+        if not others:
+            return False
+        mine = math.hypot(me.x - anchor.x, me.y - anchor.y)
+        return all(math.hypot(o.x - anchor.x, o.y - anchor.y) > 1.4 * mine for o in others)
+    axis, sign = RELATIONS[relation]
+
+    def ahead(o):
+        return sign * ((o.x, o.y)[axis] - (anchor.x, anchor.y)[axis])
+    return ahead(me) >= 8 and all(ahead(o) <= 2 for o in others)
+
+
+def _unique_name(shapes, i, rng):
+    """The fewest words that single out shape i, or None."""
+    o = shapes[i]
+    options = [(None, None, o.kind), (None, o.colour, None), (None, o.colour, o.kind), (o.size, None, o.kind),
+               (o.size, o.colour, o.kind)]
+    unique = [d for d in options if sum(_matches(s, d) for s in shapes) == 1]
+    return _phrase(rng.choice(unique[:3]), rng) if unique else None
+
+
+def _chain_name(shapes, i, exclude, rng):
+    """'blue circle above the star': names a shape that its own words do not single out, or None."""
+    d = (None, shapes[i].colour, shapes[i].kind)
+    candidates = [k for k, s in enumerate(shapes) if _matches(s, d)]
+    for a in rng.sample(range(len(shapes)), len(shapes)):
+        name = _unique_name(shapes, a, rng) if a not in (i, exclude) else None
+        for relation in rng.sample(list(RELATIONS), len(RELATIONS)) if name else ():
+            if _holds_for_one(shapes, candidates, i, relation, shapes[a]):
+                return f"{_phrase(d, rng)} {rng.choice(_LINKS[relation])} the {name}"
+    return None
+
+
+# ---- On disk --------------------------------------------------------------------------------------------------------
+
+SPLITS = {"train": 0.8, "val": 0.03, "test": 0.17}  # of the images
+
+
+def write_shapes(root, images, seed):
+    """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says.
+
+    A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out; for val and
+    test two shapes a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
+    """
+    root = Path(root)
+    (root / "shapes").mkdir(parents=True, exist_ok=True)
+    (root / "images" / "shapes").mkdir(parents=True, exist_ok=True)
+    ends = np.cumsum([round(images * share) for share in SPLITS.values()])
+    records, annotations, refs, sentences = [], [], [], 0
+    for i in tqdm(range(images), "shapes", unit="scene", disable=None):
+        rng = random.Random(f"scene {seed} {i}")
+        split = list(SPLITS)[min(int((i >= ends).sum()), len(SPLITS) - 1)]
+        shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
+        name = f"{seed}_{i:06d}.png"
+        Image.fromarray(image).save(root / "images" / "shapes" / name, compress_level=1)
+        records.append({"id": i, "file_name": name, "width": SCENE, "height": SCENE})
+        referred = 0
+        for k in rng.sample(range(len(shapes)), len(shapes)):
+            said = [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
+            if not said or (split != "train" and referred == 2):
+                continue
+            referred += 1
+            run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
+            annotations.append({"id": len(annotations), "image_id": i, "category_id": KINDS.index(shapes[k].kind) + 1,
+                                "iscrowd": 0, "area": int(coco.area(run_lengths)),
+                                "bbox": coco.toBbox(run_lengths).tolist(),
+                                "segmentation": {"size": [SCENE, SCENE], "counts": run_lengths["counts"].decode()}})
+            refs.append({"ref_id": len(refs), "ann_id": annotations[-1]["id"], "image_id": i, "split": split,
+                         "category_id": annotations[-1]["category_id"], "file_name": name,
+                         "sent_ids": list(range(sentences, sentences + len(said))),
+                         "sentences": [{"sent_id": sentences + j, "sent": text, "raw": text, "tokens": text.split(),
+                                        "kind": kind} for j, (kind, text) in enumerate(said)]})
+            sentences += len(said)
+    (root / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
+    (root / "shapes" / "instances.json").write_text(
+        json.dumps({"images": records, "annotations": annotations, "categories": categories}))
+
+
+# ---- For the tiny CLIP ----------------------------------------------------------------------------------------------
+# A caption is a statement that is true or false of any scene, so that a batch knows which of its captions hold for
+# which of its scenes.
+
+class Scenes:
+    """Attributes of the shapes of S scenes as arrays (S, 6), to evaluate statements on; absent shapes match nothing."""
+
+    def __init__(self, scenes):
+        def column(name, absent=0.0):
+            return np.array([[getattr(o, name) for o in shapes] + [absent] * (6 - len(shapes)) for shapes in scenes])
+        self.words = column("size", ""), column("colour", ""), column("kind", "")
+        self.at = column("x"), column("y")
+
+    def related(self, relation):
+        """(S, 6, 6) bool: the first shape has the relation to the second."""
+        dx, dy = (c[:, :, None] - c[:, None] for c in self.at)
+        if relation == "closest to":
+            return (np.hypot(dx, dy) < NEAR) & ~np.eye(6, dtype=bool)
+        axis, sign = RELATIONS[relation]
+        return sign * (dx, dy)[axis] > 5
+
+    def match(self, words):
+        """(S, 6) bool: the shapes that a partial (size, colour, kind) describes."""
+        fit = self.words[0] != ""
+        for have, want in zip(self.words, words):
+            fit = fit & (have == want) if want else fit
+        return fit
+
+
+def statement(shapes, rng):
+    """Something true of the scene -> (text, function of Scenes that gives its truth for each scene, (S,) bool)."""
+    o = rng.choice(shapes)
+    words = tuple(w if rng.random() < p else None
+                  for w, p in ((o.size, 0.4 * (o.size in SIZE_WORDS)), (o.colour, 0.6), (o.kind, 0.8)))
+    words = words if any(words) else (None, o.colour, o.kind)
+    article, draw = rng.choice(("a ", "the ", "")), rng.random()
+    name = _phrase(words, rng)
+    if draw < 0.2:  # a place; the middle of the scene has no word of its own
+        far = [(axis, np.sign(c - SCENE / 2)) for axis, c in ((1, o.y), (0, o.x)) if abs(c - SCENE / 2) > 10]
+        where = " ".join({(0, -1): "left", (0, 1): "right", (1, -1): "top", (1, 1): "bottom"}[f] for f in far)
+        if far:
+            return (f"{article}{name} {rng.choice(('at', 'on', 'in'))} the {where}", lambda batch: (batch.match(words) &
+                    np.all([sign * (batch.at[axis] - SCENE / 2) > 5 for axis, sign in far], axis=0)).any(1))
+    elif draw < 0.45:  # a relation
+        other = rng.choice(shapes)
+        others = tuple(w if rng.random() < 0.6 else None for w in (other.size, other.colour, other.kind))
+        true = [r for r, (axis, sign) in RELATIONS.items() if sign * ((o.x, o.y)[axis] - (other.x, other.y)[axis]) > 8]
+        if other is not o and math.hypot(o.x - other.x, o.y - other.y) < NEAR:
+            true.append("closest to")
+        if true:
+            relation = rng.choice(true)
+            return (f"{article}{name} {rng.choice(_LINKS[relation])} {article}{_phrase(others, rng)}",
+                    lambda batch: (batch.match(words)[:, :, None] & batch.match(others)[:, None] &
+                                   batch.related(relation)).any((1, 2)))
+    elif draw < 0.65:  # a rank among those alike
+        wall, (axis, sign) = rng.choice(list(WALL.items()))
+        alike = sorted((s for s in shapes if _matches(s, words)), key=lambda s: sign * (s.x, s.y)[axis])
+        place = alike.index(o)
+        unsaid = [i for i in range(3) if words[i] is None and o.size in SIZE_WORDS]
+        if place < 3 and unsaid and len(alike) > 1:
+            i = rng.choice(unsaid)
+            tell = (rng.choice(SIZE_WORDS[o.size]), o.colour, f"a {o.kind}")[i]
+
+            def holds(batch):
+                key = np.where(batch.match(words), sign * batch.at[axis], 1e9)
+                nth = np.argsort(key, axis=1)[:, place:place + 1]
+                right = np.take_along_axis(batch.words[i], nth, 1) == (o.size, o.colour, o.kind)[i]
+                return (right & (np.take_along_axis(key, nth, 1) < 1e9))[:, 0]
+            return f"{rng.choice(_ranked(name, wall, place))} is {tell}", holds
+    return article + name, lambda batch: batch.match(words).any(1)
+
+
+def _ranked(name, wall, place):
+    if place:
+        return [f"the {('second', 'third')[place - 1]} {name} from the {wall}"]
+    most = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}[wall]
+    return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
+
+
+class Captioned(Dataset):
+    """Batch i, drawn when asked for: images (B, 96, 96, 3) uint8, 2 B captions, truth (B, 2 B) bool.
+
+    Scenes come in fours that only details tell apart: the same objects in other layouts, or other objects of the same
+    colours and kinds. Others are close-ups of one object.
+    """
+
+    def __init__(self, batches, batch_size, seed):
+        self.batches, self.batch_size, self.seed = batches, batch_size, seed
+
+    def __len__(self):
+        return self.batches
+
+    def __getitem__(self, i):
+        rng, scenes, images = random.Random(f"captioned {self.seed} {i}"), [], []
+        close_ups = max(0.2, 1 - 2.5 * i / self.batches)  # all at first: a shape is easier to learn when it is large
+        while len(scenes) < self.batch_size:
+            palette, count, layout = draw_palette(rng), rng.randint(1, 6), rng.random() < 0.5
+            close = rng.random() < close_ups
+            words = draw_words(rng, palette, count)
+            for _ in range(4):
+                if close:
+                    drawn = [("close", rng.choice(list(COLOURS)), rng.choice(KINDS))]
+                else:
+                    drawn = words if layout else draw_words(rng, palette, count)
+                shapes, image, _ = draw_scene(rng, drawn)
+                scenes.append(shapes)
+                images.append(image)
+        said = [statement(shapes, rng) for shapes in scenes]
+        for shapes in scenes:  # and one of two statements each
+            (a, true_a), (b, true_b) = statement(shapes, rng), statement(shapes, rng)
+            said.append((f"{a} and {b}", lambda batch, p=true_a, q=true_b: p(batch) & q(batch)))
+        batch = Scenes(scenes)
+        return np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1)

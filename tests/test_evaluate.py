@@ -1,0 +1,146 @@
+"""Metrics and protocols on examples worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from data import RefCOCO
+from evaluate import RISMetrics, best_map_readout, letterbox, letterbox_box, masks_from_output
+from risclip import RISCLIP
+
+
+def mask(n, total=10):
+    """The first n of `total` pixels."""
+    return np.arange(total) < n
+
+
+def compute(*pairs, **options):
+    metrics = RISMetrics(**options)
+    for prediction, target in pairs:
+        metrics.update(prediction, target)
+    return metrics.compute()
+
+
+def test_a_perfect_prediction_is_100_everywhere():
+    result = compute((mask(4), mask(4)))
+    assert result == {"oIoU": 100, "mIoU": 100, "sentences": 1} | {f"P@{x}": 100 for x in (0.5, 0.6, 0.7, 0.8, 0.9)}
+
+
+def test_an_empty_prediction_and_two_empty_masks_count_0():
+    assert compute((mask(0), mask(4)))["mIoU"] == 0
+    both = compute((mask(0), mask(0)), (mask(4), mask(4)))
+    assert both["mIoU"] == 50 and both["oIoU"] == 100 and both["P@0.5"] == 50
+
+
+def test_oiou_weighs_by_pixels_and_miou_by_sentences():
+    # IoU 9/10 on a large object, 1/10 on a small one: union 100 + 10, intersection 90 + 1
+    result = compute((mask(90, 200), mask(100, 200)), (mask(1), mask(10)))
+    assert result["mIoU"] == pytest.approx(50) and result["oIoU"] == pytest.approx(100 * 91 / 110)
+
+
+def test_precision_at_the_threshold_itself():
+    at_half, at_07 = (mask(5), mask(10)), (mask(7), mask(10))  # IoU 0.5 and 0.7 exactly
+    loose, strict = compute(at_half, at_07), compute(at_half, at_07, strict=True)
+    assert (loose["P@0.5"], loose["P@0.7"], loose["P@0.8"]) == (100, 50, 0)
+    assert (strict["P@0.5"], strict["P@0.7"], strict["P@0.6"]) == (50, 0, 50)
+
+
+def test_results_do_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    pairs = [(rng.random(50) < 0.5, rng.random(50) < 0.5) for _ in range(40)]
+    assert compute(*pairs) == compute(*pairs[::-1])
+
+
+def test_masks_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"prediction \(3,\) and target \(4,\)"):
+        RISMetrics().update(np.ones(3, bool), np.ones(4, bool))
+
+
+def scores(foreground, background=0.0):
+    """A network's output of 4 x 4 pixels."""
+    f = torch.tensor(foreground).view(1, 4, 4)
+    return {"mask_logits": torch.stack([torch.full_like(f, background), f], dim=1)}
+
+
+def test_each_protocol_has_its_grid():
+    # An image 8 wide and 4 high. Network's square: the left half is foreground.
+    output = scores([1.0, 1.0, -1.0, -1.0] * 4)
+    assert masks_from_output(output, 4, 8, 4, "lavt")[0].tolist() == [[True, True, False, False]] * 4
+    original = masks_from_output(output, 4, 8, 4, "original")[0]
+    assert original.shape == (4, 8) and original.sum() == 4 * 4 and original[:, :4].all()
+    # cris: 4 x 2 pixels letterboxed in rows 1 and 2; what lies in the border's rows is cut away
+    assert letterbox_box(8, 4, 4) == (0, 1, 4, 2)
+    output = scores([9.0] * 4 + [-9.0] * 8 + [9.0] * 4)
+    assert not masks_from_output(output, 4, 8, 4, "cris").any()
+    output = scores([-9.0] * 4 + [9.0] * 8 + [-9.0] * 4)
+    assert masks_from_output(output, 4, 8, 4, "cris").all()
+
+
+def test_each_protocol_has_its_threshold():
+    # foreground probability 0.4, background 0.5: argmax says no, cris (above 0.35) says yes; at 0.3 both say no
+    output = scores([np.log(0.4 / 0.6)] * 16)
+    assert not masks_from_output(output, 4, 4, 4, "original").any()
+    assert not masks_from_output(output, 4, 4, 4, "lavt").any()
+    assert masks_from_output(output, 4, 4, 4, "cris").all()
+    output = scores([np.log(0.3 / 0.7)] * 16)
+    assert not masks_from_output(output, 4, 4, 4, "cris").any()
+    assert masks_from_output(output, 4, 4, 4, "original", threshold=0.25).all()
+
+
+def test_without_a_decoder_the_map_is_cut_at_one_half():
+    output = {"patch_logits": torch.tensor([[[2.0, -2.0], [2.0, -2.0]]])}
+    assert masks_from_output(output, 4, 4, 2)[0].tolist() == [[True, True, False, False]] * 2
+
+
+def test_letterbox_keeps_the_aspect_and_centres():
+    square = letterbox(Image.new("RGB", (40, 20), "white"), 16)
+    pixels = np.asarray(square)
+    assert square.size == (16, 16) and (pixels[4:12] == 255).all() and (pixels[:4] < 200).all()
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    tiny.add_decoder()
+    tiny.save_pretrained(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_command_measures_every_sentence_once_under_every_protocol(world, checkpoint, capsys, tmp_path):
+    dataset = RefCOCO(world, "shapes", "test")
+    for protocol in ("original", "lavt", "cris"):
+        out = tmp_path / f"{protocol}.json"
+        evaluate.main(evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "test", "--protocol",
+                                           protocol, "--json", str(out), "--figures", str(tmp_path / "figures")]))
+        result = json.loads(out.read_text())
+        assert result["sentences"] == len(dataset.sentences) and result["images"] == len(dataset.images)
+        assert (result["protocol"], result["dataset"], result["split"]) == (protocol, "shapes", "test")
+        assert sum(k["sentences"] for k in result["kinds"].values()) == result["sentences"]
+        assert {"oIoU", "mIoU", "P@0.5", "P@0.9", "seconds"} <= set(result)
+    assert "mIoU attribute" in capsys.readouterr().out
+    assert Image.open(tmp_path / "figures" / "samples.png").width > 400
+
+
+def test_workers_do_not_change_the_figures(world, checkpoint):
+    model, dataset = RISCLIP.from_pretrained(checkpoint), RefCOCO(world, "shapes", "val")
+    a, b = (evaluate.evaluate(model, dataset, workers=w)[evaluate.MASK] for w in (0, 2))
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_the_maps_threshold_is_the_best_of_those_tried(world, tiny):
+    dataset = RefCOCO(world, "shapes", "test")
+    best = best_map_readout(tiny, dataset)
+    tried = evaluate.evaluate(tiny, dataset, readouts=tuple(("patch_logits", t) for t in (0.3, 0.5, 0.7)) + (best,))
+    assert all(tried[best]["mIoU"] >= result["mIoU"] for result in tried.values())
+
+
+def test_unknown_split_and_checkpoint_are_one_line_and_exit_code_2(world, checkpoint, capsys):
+    import data
+    args = evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "testA"])
+    assert data.run(evaluate.main, args) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "testA" in error and "\n" not in error
+    assert data.run(evaluate.main, evaluate.parse_args(["no/such/run", "--data-root", str(world)])) == 2

@@ -1,0 +1,274 @@
+"""The two stages: what moves, what resumes, what is written, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import train
+from data import DataError, RefCOCO
+from risclip import RISCLIP, find_checkpoint
+from train import main, parse_args, patch_target
+
+REPOSITORY = Path(train.__file__).parent
+
+
+def arguments(world, out, *more):
+    return parse_args(["--data-root", str(world), "--out", str(out), "--batch-size", "8", *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """Both stages, three steps each."""
+    out = tmp_path_factory.mktemp("run")
+    main(arguments(world, out, "--steps", 3))
+    return out
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_patch_targets_are_the_half_full_patches_or_the_fullest():
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :4, :4] = True  # one whole patch,
+    masks[0, :4, 4:6] = True  # one half full,
+    masks[0, 4:6, :1] = True  # one hardly touched
+    masks[1, 3:5, 3:6] = True  # fills no patch to one half: 1, 2, 1 and 2 pixels of 16
+    assert patch_target(masks, 4).int().tolist() == [[[1, 1], [0, 0]], [[0, 1], [0, 1]], [[0, 0], [0, 0]]]
+
+
+def test_a_run_leaves_what_the_readme_lists(run):
+    assert {p.name for p in run.iterdir()} == {"stage1-000003", "stage2-000003", "log.jsonl", "curve.png", "metrics.json",
+                                               "samples.png"}
+    assert {p.name for p in (run / "stage2-000003").iterdir()} == {"config.json", "model.safetensors", "training.pt"}
+    lines = [json.loads(line) for line in open(run / "log.jsonl")]
+    assert {line["stage"] for line in lines} == {1, 2}
+    assert {"step", "loss", "lr", "samples_per_s", "memory_gib"} <= set(lines[0])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert len(metrics) == 2 and all(0 <= row["mIoU"] <= 100 and "kinds" in row for row in metrics.values())
+    assert Image.open(run / "curve.png").size == (1440, 300) and Image.open(run / "samples.png").width > 600
+
+
+def test_stage_1_moves_all_it_should_and_nothing_else(world, tmp_path):
+    torch.manual_seed(0)
+    args = arguments(world, tmp_path, "--stage", 1, "--steps", 4, "--lr", 1e-3)
+    model = train.build_model(args, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    dataset = RefCOCO(world, "shapes", "train")
+    settings = train.stage_settings(args, 1)
+    train.fit(1, model, train.locator_loss, lambda start: train.sample_batches(model, dataset, settings, args, start),
+              4, settings, args, model.save_pretrained)
+    after = model.state_dict()
+    assert model.decoder is None
+    still = {k for k in before if torch.equal(before[k], after[k])}
+    assert {k for k in before if k.startswith("clip.")} <= still
+    # Key biases shift all of a query's scores alike: a softmax does not see them, and their gradient is rounding.
+    # The words' last self-attention and MLP act on t_eos, so they move too.
+    idle = {k for k in still if not k.startswith("clip.")}
+    assert idle == set(), idle
+
+
+def test_stage_2_moves_the_decoder_alone(run):
+    first, second = weights(run / "stage1-000003"), weights(run / "stage2-000003")
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    added = set(second) - set(first)
+    assert added and all(key.startswith("decoder.") for key in added)
+    assert any("running_mean" in key and second[key].any() for key in added)  # batch norm learned too
+    torch.manual_seed(0)
+    fresh = RISCLIP.from_pretrained(run / "stage1-000003")
+    fresh.add_decoder()
+    assert all(not torch.equal(v, second[f"decoder.{k}"]) for k, v in fresh.decoder.named_parameters() if "weight" in k)
+
+
+def test_no_optimizer_state_for_frozen_parameters(run):
+    for stage, name in ((1, "stage1-000003"), (2, "stage2-000003")):
+        state = torch.load(run / name / "training.pt", weights_only=True)
+        model = RISCLIP.from_pretrained(run / name)
+        part = model.decoder if stage == 2 else model
+        trained = [p for k, p in part.named_parameters() if stage == 2 or not k.startswith("clip.")]
+        assert len(state["optimizer"]["state"]) == len(trained)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stopped_run_resumes_bit_for_bit(world, run, tmp_path, monkeypatch, stage):
+    monkeypatch.setitem(train.MINI, "save_every", 2)
+    for settings in train.SETTINGS.values():
+        monkeypatch.setitem(settings, "save_every", 2)
+    for out in (tmp_path / "whole", tmp_path / "stopped"):
+        if stage == 2:
+            out.mkdir()
+            (out / "stage1-000003").symlink_to(run / "stage1-000003", target_is_directory=True)
+    common = ("--stage", stage, "--steps", 5)
+    main(arguments(world, tmp_path / "whole", *common))
+    kept = train.save_checkpoint
+
+    def dies(out, stage, step, *more):
+        kept(out, stage, step, *more)
+        if step == 4:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(world, tmp_path / "stopped", *common))
+    monkeypatch.setattr(train, "save_checkpoint", kept)
+    assert find_checkpoint(tmp_path / "stopped", stage).name == f"stage{stage}-000004"
+    main(arguments(world, tmp_path / "stopped", *common, "--resume"))
+    whole, resumed = (weights(find_checkpoint(tmp_path / d, stage)) for d in ("whole", "stopped"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_accumulation_gives_the_same_step(world, tmp_path):
+    losses = []
+    for accumulate in (1, 4):
+        out = tmp_path / str(accumulate)
+        main(arguments(world, out, "--stage", 1, "--steps", 1, "--accumulate", accumulate))
+        losses.append([json.loads(line)["loss"] for line in open(out / "log.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_loss_falls(world, tmp_path):
+    main(arguments(world, tmp_path, "--stage", 1, "--steps", 30, "--lr", 2e-3))
+    lines = [json.loads(line)["loss"] for line in open(tmp_path / "log.jsonl")]
+    assert lines[-1] < lines[0]
+
+
+def test_sigterm_saves_first_and_exits_143(world, tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", "--data-root", str(world), "--out", str(tmp_path), "--stage", "1",
+                                "--steps", "100000"], cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"--resume" in error
+    step = int(find_checkpoint(tmp_path, 1).name.split("-")[1])
+    assert step >= 10 and not list(tmp_path.glob(".*partial"))
+
+
+def test_stage_0_trains_a_clip_that_stage_1_takes(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SETTINGS, ("tiny", 0), train.SETTINGS["tiny", 0] | {"steps": 2})
+    main(arguments(world, tmp_path / "clip", "--stage", 0, "--batch-size", 16))
+    file = find_checkpoint(tmp_path / "clip", 0) / "clip.safetensors"
+    assert file.stat().st_size < 4 * 2**20
+    main(arguments(world, tmp_path / "run", "--stage", 1, "--steps", 1, "--clip", file))
+    assert RISCLIP.from_pretrained(tmp_path / "run").config.clip == str(file)
+
+
+def test_the_shipped_clip_is_small():
+    assert (REPOSITORY / "assets" / "tiny_clip.safetensors").stat().st_size < 4 * 2**20
+
+
+# ---- Mistakes: one line, exit code 2, nothing half-written ----------------------------------------------------------
+
+def refused(capsys, args, *words):
+    """Runs a command line that must be refused, and looks for the words in its one line."""
+    assert data.run(main, args) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert all(word in error for word in words), error
+
+
+def test_mistakes_are_one_line_that_names_the_mend(world, run, tmp_path, capsys):
+    refused(capsys, arguments(tmp_path / "nowhere", tmp_path / "o", "--dataset", "refcoco"), "nowhere", "train2014")
+    refused(capsys, arguments(world, tmp_path / "o", "--stage", 2), "stage 2 needs stage 1", "--stage 1")
+    refused(capsys, arguments(world, run, "--stage", 1), "--resume", "--out")
+    refused(capsys, arguments(world, run, "--stage", 1, "--resume", "--lr", 1), "lr was 0.002, now 1.0")
+    refused(capsys, arguments(world, tmp_path / "o", "--stage", 1, "--image-size", 100), "--image-size", "multiple")
+    refused(capsys, arguments(world, tmp_path / "o", "--stage", 1, "--clip", "no.pt"), "no.pt")
+    refused(capsys, arguments(world, tmp_path / "o", "--stage", 1, "--backbone", "B"), "--clip PATH", "--clip random")
+    refused(capsys, arguments(world, "/proc/nothing/here", "--stage", 1), "--out", "another folder")
+    assert not list((tmp_path / "o").glob("stage*"))
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(world, run, tmp_path, capsys):
+    args = arguments(world, run, "--backbone", "B", "--stage", 2, "--resume")
+    refused(capsys, args, "backbone tiny", "--backbone B")
+
+
+@pytest.mark.parametrize("flags", [["--modules", "ske,magic"], ["--stage", "0", "--backbone", "B"], ["--steps", "0"],
+                                   ["--batch-size", "-3"], ["--stage", "3"]])
+def test_flags_that_mean_nothing_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(flags)
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def broken_world(world, root, share):
+    """A copy of the world, a share of whose training images are cut short."""
+    import shutil
+    shutil.copytree(world, root)
+    dataset = RefCOCO(root, "shapes", "train")
+    for i in range(int(share * len(dataset.images))):
+        path = dataset.path(i)
+        path.write_bytes(path.read_bytes()[:200])
+    return root
+
+
+def test_broken_images_are_skipped_counted_and_end_the_run_with_1(world, tmp_path, capsys):
+    root = broken_world(world, tmp_path / "broken", 0.2)
+    process = subprocess.run([sys.executable, "train.py", "--data-root", str(root), "--out", str(tmp_path / "o"), "--stage",
+                              "1", "--steps", "4"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "skipped: " in process.stderr and ".png" in process.stderr and "more than 1 %" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert find_checkpoint(tmp_path / "o", 1).name == "stage1-000004"  # what was trained is kept
+
+
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(world, tmp_path, monkeypatch):
+    args = arguments(world, tmp_path, "--stage", 1, "--steps", 20)
+    monkeypatch.setattr(train, "locator_loss", lambda model, batch: train.kernels.dice_focal(
+        model(batch["images"], batch["tokens"], batch["image_index"])["patch_logits"],
+        patch_target(batch["masks"], 8)) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert "not finite 5 times in a row" in str(stop.value)
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert len(lines) == 5 and all(line["skipped_step"] and line["sent_ids"] for line in lines)
+
+
+# ---- Real photographs, real sizes -----------------------------------------------------------------------------------
+
+def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
+    """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
+    import evaluate
+    import predict
+    flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size", "64",
+             "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
+    main(parse_args(flags))
+    for protocol in ("original", "lavt", "cris"):
+        evaluate.main(evaluate.parse_args([str(tmp_path), "--dataset", "refcoco", "--data-root", str(photos), "--split",
+                                           "testB", "--protocol", protocol, "--json", str(tmp_path / "e.json")]))
+        assert json.loads((tmp_path / "e.json").read_text())["sentences"] > 0
+    photo = sorted((photos / "images/mscoco/images/train2014").iterdir())[0]
+    predict.main(predict.parse_args([str(tmp_path), str(photo), "the bowl", "the fork", "--out", str(tmp_path / "o.png"),
+                                     "--mask", str(tmp_path / "m.png")]))
+    size = Image.open(photo).size
+    assert Image.open(tmp_path / "m-1.png").size == Image.open(tmp_path / "m-2.png").size == size
+    assert os.path.getsize(tmp_path / "o.png") and np.asarray(Image.open(tmp_path / "m-1.png")).dtype == bool
+
+
+def test_predict_refuses_a_mistake_and_writes_nothing(run, world, tmp_path, capsys):
+    import predict
+    image = next((world / "images" / "shapes").iterdir())
+    for flags, words in (([str(run), str(tmp_path / "no.jpg"), "x"], "no such image"),
+                         ([str(run), str(image), " "], "empty sentence"),
+                         ([str(run), str(image), "x", "--mask", str(tmp_path / "m.xyz")], ".xyz"),
+                         ([str(tmp_path / "none"), str(image), "x"], "none")):
+        assert data.run(predict.main, predict.parse_args([*flags, "--out", str(tmp_path / "o.png")])) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and words in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_errors_are_value_errors():
+    assert issubclass(DataError, ValueError)

@@ -1,0 +1,423 @@
+"""Trains RISCLIP in the paper's two stages (Sec. 3.5, A.1), and the miniature's CLIP before them (stage 0).
+
+    python train.py                                             the miniature: both stages, evaluation, pictures
+    python train.py --backbone B --stage 1 --dataset refcoco --data-root DATA --out runs/B
+    python train.py --backbone B --stage 2 --dataset refcoco --data-root DATA --out runs/B
+    python train.py --backbone tiny --stage 0 --out runs/tiny_clip      how assets/tiny_clip.safetensors was made
+
+Stage 1 aligns the patch-level map with the downsampled mask: Adapters, CFE and SKE learn. Stage 2 aligns the
+pixel-level map with the mask: the decoder alone learns, all else is frozen.
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import kernels
+from data import DataError
+from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
+from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, fast_attention, find_checkpoint
+from shapes import Captioned, write_shapes
+
+# Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
+PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
+MINI = dict(epochs=None, lr=2e-3, batch_size=32, per_image=4, warmup=20, augment=False, save_every=200)
+SETTINGS = {
+    ("tiny", 0): MINI | dict(steps=2200, lr=1e-3, batch_size=128, warmup=100),
+    ("tiny", 1): MINI | dict(steps=700),
+    ("tiny", 2): MINI | dict(steps=150),
+    **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
+    **{(size, 2): PAPER | dict(steps=None, epochs=1) for size in "BL"},
+}
+SHAPES_IMAGES = 6000  # of the shapes world, written under --data-root when it is not there yet
+
+
+# ---- Losses (Sec. 3.5) ----------------------------------------------------------------------------------------------
+
+def patch_target(masks, patch_size):
+    """mask_patch: masks (B, S, S) -> (B, S / p, S / p) bool: the patches that the object fills to one half.
+
+    An object too small to fill any keeps those that it fills most.
+    """
+    area = F.avg_pool2d(masks.float(), patch_size)
+    return ((area >= area.amax((1, 2), keepdim=True).clamp(max=0.5)) & (area > 0))
+
+
+def locator_loss(model, batch):
+    """Stage 1: dice + focal between map_patch and mask_patch."""
+    output = model(batch["images"], batch["tokens"], batch["image_index"])
+    return kernels.dice_focal(output["patch_logits"], patch_target(batch["masks"], model.patch_size))
+
+
+def refiner_loss(model, batch):
+    """Stage 2: dice + focal between both score maps of map_pixel and mask_pixel: background is what the mask is not."""
+    output = model(batch["images"], batch["tokens"], batch["image_index"])
+    foreground = batch["masks"].bool()
+    return kernels.dice_focal(output["mask_logits"], torch.stack([~foreground, foreground], dim=1))
+
+
+def contrastive_loss(clip, batch):
+    """Stage 0: CLIP's contrastive loss between I scenes and C captions, where several may be true of each other.
+
+    Cross-entropy against the true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
+    """
+    images, tokens, truth = batch["images"], batch["tokens"], batch["truth"].float()  # truth (I, C)
+    clip.seen[tokens] = True
+    with torch.autocast(images.device.type, torch.bfloat16), fast_attention(images):
+        image, text = clip.encode_image(images, normalize=True), clip.encode_text(tokens, normalize=True)
+    logits = clip.logit_scale.exp() * image.float() @ text.float().T
+    by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
+    return (by_image + F.cross_entropy(logits.T, (truth / truth.sum(0)).T)) / 2
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+def sample_batches(model, dataset, settings, args, start):
+    """Batches of stages 1 and 2 from optimizer step `start` on, each in `args.accumulate` parts. What step i holds
+    follows from the seed alone, so that a resumed run sees what an unbroken one does."""
+    def plan():
+        epoch, step = 0, 0
+        while True:
+            for items in data.plan_epoch(dataset, epoch, args.seed, settings["batch_size"], settings["per_image"]):
+                if step >= start:
+                    yield from (items[k::args.accumulate] for k in range(args.accumulate))
+                step += 1
+            epoch += 1
+
+    samples_ = data.Samples(dataset, model.config.image_size, augment=settings["augment"])
+    loader = DataLoader(samples_, batch_sampler=plan(), collate_fn=data.collate, num_workers=args.workers)
+    for batch in loader:
+        for message in batch.pop("broken"):
+            tqdm.write(f"skipped: {message}", file=sys.stderr)
+        if batch["texts"]:
+            batch["tokens"] = model.tokenize(batch["texts"])
+        yield batch
+
+
+def captioned_batches(tokenizer, settings, args, start):
+    """Batches of stage 0 from step `start` on: scenes, captions and which captions are true of which scenes."""
+    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
+    loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
+    for scenes, texts, truth in loader:
+        images = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2))
+        yield {"images": images, "tokens": tokenizer(texts), "truth": torch.as_tensor(truth), "lost": 0,
+               "texts": texts[:len(scenes)]}  # as many as there are images: the loop counts samples by them
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+def fit(stage, net, loss_of, batches, steps, settings, args, save):
+    """Trains what requires a gradient in `net`; resumes where the newest checkpoint of the stage in --out stopped.
+
+    `batches(start)` yields batches from that step on; `save(directory)` writes the weights.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([  # what has one dimension (biases, norms, scalers, temperatures) does not decay
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-3},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=settings["lr"])
+    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset, "modules": args.modules,
+           "accumulate": args.accumulate, **settings}
+    step, seen, skipped, bad = 0, 0, 0, 0
+    if checkpoint := find_checkpoint(args.out, stage):
+        step, seen, skipped = load_training_state(checkpoint, optimizer, net, run)
+    asked = []  # a signal to stop
+    handlers = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    net.train()
+    stream, clock, since, dirty = batches(step), time.time(), seen, False
+    with open(args.out / "log.jsonl", "a") as log, tqdm(total=steps, initial=step, desc=f"stage {stage}") as bar:
+        while step < steps and not asked:
+            lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * (1 - step / steps) ** 0.9
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total, messages = 0.0, []
+            for _ in range(args.accumulate):
+                batch = next(stream)
+                skipped += batch["lost"]
+                if len(batch["texts"]) == 0:
+                    continue
+                batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                loss = loss_of(net, batch) * len(batch["texts"]) / settings["batch_size"]
+                loss.backward()
+                total += loss.item()
+                seen += len(batch["texts"])
+                messages.append(batch.get("sent_ids"))
+            finite = math.isfinite(total) and all(p.grad is None or p.grad.isfinite().all() for p in trained)
+            if finite:
+                optimizer.step()
+            bad = 0 if finite else bad + 1
+            optimizer.zero_grad()
+            step, dirty = step + 1, True
+            if step % 10 == 0 or step == steps or not finite:
+                now = time.time()
+                line = {"stage": stage, "step": step, "loss": total, "lr": lr,
+                        "samples_per_s": (seen - since) / (now - clock), "memory_gib": memory_gib(args.device)}
+                clock, since = now, seen
+                if not finite:
+                    line |= {"skipped_step": True, "sent_ids": messages}
+                print(json.dumps(line), file=log, flush=True)
+                bar.set_postfix(loss=f"{total:.3f}", lr=f"{lr:.1e}")
+            bar.update()
+            if bad == 5:
+                raise SystemExit(f"stage {stage} stopped at step {step}: the loss was not finite 5 times in a row; "
+                                 f"the last good checkpoint is in {args.out}")
+            if step % settings["save_every"] == 0 or step == steps:
+                save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
+                dirty = False
+    if dirty:
+        save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if asked:
+        print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
+        raise SystemExit(128 + asked[0])
+    if skipped:
+        print(f"{skipped} samples were skipped: image or mask missing or broken", file=sys.stderr)
+        if skipped > 0.01 * (seen + skipped):
+            raise SystemExit(f"more than 1 % of {seen + skipped} samples were skipped: see `python data.py check`")
+    draw_curve(args.out)
+
+
+def memory_gib(device):
+    """The most memory taken so far: the GPU's, or this process's resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+def save_checkpoint(out, stage, step, save, optimizer, net, run, seen, skipped):
+    """Writes --out/stageN-STEP aside, syncs it and renames it; only then goes the previous one of this stage."""
+    final = out / f"stage{stage}-{step:06d}"
+    aside = out / f".{final.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    save(aside)
+    state = {"step": step, "seen": seen, "skipped": skipped, "run": json.dumps(run),
+             "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+    if stage == 0:
+        state["net"] = net.state_dict()  # the weight file itself is in half precision
+    torch.save(state, aside / "training.pt")
+    for path in (*aside.iterdir(), aside):
+        data.sync(path)
+    previous = [p for p in out.glob(f"stage{stage}-*") if p != final]
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    data.sync(out)
+    for path in previous:
+        shutil.rmtree(path)
+
+
+def load_training_state(checkpoint, optimizer, net, run):
+    """-> step, sentences seen and images skipped so far. Raises DataError if the run was started differently."""
+    path = checkpoint / "training.pt"
+    try:
+        state = torch.load(path, weights_only=True)
+        before = json.loads(state["run"])
+    except Exception as error:  # a broken file fails in many ways; weights_only lets none of them run
+        raise DataError(f"{path} is broken ({type(error).__name__}); remove {checkpoint} to start anew") from error
+    changed = [f"{k} was {before.get(k)}, now {run.get(k)}" for k in run if before.get(k) != run.get(k)]
+    if changed:
+        raise DataError(f"--resume: {checkpoint} was trained otherwise: {'; '.join(changed)}")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    if "net" in state:
+        net.load_state_dict(state["net"])
+    return state["step"], state["seen"], state["skipped"]
+
+
+# ---- A run ----------------------------------------------------------------------------------------------------------
+
+def pretrain(args, settings):
+    """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors."""
+    if find_checkpoint(args.out, 0) and not args.resume:
+        raise DataError(f"--out {args.out} holds a stage0-*: go on with --resume, or give another --out")
+    torch.manual_seed(args.seed)
+    clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
+    clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
+    clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
+    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+
+    def save(directory):
+        directory.mkdir()
+        save_file(clip_state(clip), directory / "clip.safetensors")
+    fit(0, clip, contrastive_loss, lambda start: captioned_batches(tokenizer, settings, args, start),
+        settings["steps"], settings, args, save)
+    print(f"wrote {find_checkpoint(args.out, 0) / 'clip.safetensors'}; train on it with --clip")
+
+
+def sine_positions(height, width, channels):
+    """Sines and cosines of x and y, (height * width, channels): neighbours start out alike, and the tiny CLIP learns
+    in minutes what random positions would keep it from for long."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    frequency = 100 ** (-torch.arange(channels // 4) / (channels // 4))
+    return torch.cat([f(p.reshape(-1, 1) * frequency) for p in (x, y) for f in (torch.sin, torch.cos)], dim=1)
+
+
+def build_model(args, stage):
+    """The model that a stage starts or goes on from: its own newest checkpoint, stage 1's (for stage 2) or CLIP."""
+    if checkpoint := find_checkpoint(args.out, stage):
+        if not args.resume:
+            raise DataError(f"--out {args.out} holds {checkpoint.name}: go on with --resume, or give another --out")
+        source = checkpoint
+    else:
+        source = find_checkpoint(args.out, 1) if stage == 2 else None
+        if stage == 2 and source is None:
+            raise DataError(f"stage 2 needs stage 1, and --out {args.out} has no stage1-*: run --stage 1 first")
+    if source is None:
+        config = CONFIGS[args.backbone]
+        model = RISCLIP(replace(config, clip=args.clip, modules=args.modules, precision=args.precision,
+                                image_size=args.image_size or config.image_size))
+    else:
+        model = RISCLIP.from_pretrained(source, precision=args.precision)
+        if model.config.backbone != args.backbone:
+            raise DataError(f"{source} has the backbone {model.config.backbone}, not --backbone {args.backbone}")
+    if stage == 1:
+        model.requires_grad_(True).clip.requires_grad_(False)
+    elif model.decoder is None:
+        model.add_decoder()
+    else:
+        model.requires_grad_(False).decoder.requires_grad_(True)
+    return model.to(args.device)
+
+
+def run_stage(args, stage, dataset):
+    """Trains stage 1 or 2 into --out -> the model."""
+    settings = stage_settings(args, stage)
+    torch.manual_seed(args.seed)
+    model = build_model(args, stage)
+    per_epoch = len(data.plan_epoch(dataset, 0, args.seed, settings["batch_size"], settings["per_image"]))
+    steps = settings["steps"] or settings["epochs"] * per_epoch
+    loss_of = locator_loss if stage == 1 else refiner_loss
+    fit(stage, model, loss_of, lambda start: sample_batches(model, dataset, settings, args, start), steps, settings,
+        args, model.save_pretrained)
+    return model
+
+
+def stage_settings(args, stage):
+    """SETTINGS of the backbone and stage, with the flags that were given in their place."""
+    settings = dict(SETTINGS[args.backbone, stage])
+    if args.epochs:
+        settings |= {"epochs": args.epochs, "steps": None}
+    given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr")}
+    return settings | {k: v for k, v in given.items() if v is not None} | {"precision": args.precision}
+
+
+def report(args, model):
+    """Evaluation on scenes never trained on, for the miniature, or the val split -> metrics.json, samples.png."""
+    split = "test" if args.dataset == "shapes" else "val"
+    held_out = data.RefCOCO(args.data_root, args.dataset, split)
+    readouts = {"map, upsampled, cut at {}": best_map_readout(model, data.RefCOCO(args.data_root, args.dataset, "val"))}
+    if model.decoder is not None:
+        readouts["decoder's mask"] = MASK
+    measured = evaluate(model, held_out, workers=args.workers, readouts=tuple(readouts.values()))
+    results = {name.format(readout[1]): measured[readout] for name, readout in readouts.items()}
+    data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
+    save_picture(samples(model, held_out), args.out / "samples.png")
+    first = next(iter(results.values()))
+    print(f"\n{args.dataset} {split}: {first['sentences']} sentences, {first['images']} images\n{table(results)}\n")
+
+
+def draw_curve(out, width=720, height=300):
+    """--out/curve.png: the loss of each stage against its steps, from log.jsonl."""
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    stages = sorted({line["stage"] for line in lines})
+    sheet = Image.new("RGB", (width * len(stages), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, stage in enumerate(stages):
+        points = [(line["step"], line["loss"]) for line in lines
+                  if line["stage"] == stage and "skipped_step" not in line]
+        top, last = 1.05 * max(y for _, y in points), max(x for x, _ in points)
+        left, floor = column * width + 60, height - 40
+        right, rise = left + width - 80, floor - 30  # the plot's box
+        for i in range(5):
+            y, x = floor - rise * i / 4, left + (right - left) * i / 4
+            draw.line([(left, y), (right, y)], fill=(220, 220, 220))
+            draw.text((left - 45, y - 8), f"{top * i / 4:.2f}", fill="black", font=font)
+            draw.text((x - 12, floor + 6), f"{last * i / 4:.0f}", fill="black", font=font)
+        curve = [(left + (right - left) * x / last, floor - rise * y / top) for x, y in points]
+        draw.line(curve, fill=BLUE, width=2)
+        draw.text((left, 8), f"stage {stage}: loss against step", fill="black", font=font)
+    save_picture(sheet, out / "curve.png")
+
+
+def parse_args(argv=None):
+    rows = "\n".join(f"  {b:5} {s}  " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)
+                     for (b, s), settings in SETTINGS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog="defaults by backbone and stage:\n" + rows,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=tuple(CONFIGS), default="tiny")
+    parser.add_argument("--stage", choices=("0", "1", "2", "all"), default="all", help="all: 1, then 2 (default)")
+    parser.add_argument("--dataset", default="shapes",
+                        help="shapes (default), refcoco, refcoco+, refcocog, combined (Table 2) or your own .json")
+    parser.add_argument("--data-root", default="data", help="where the data sets lie (default: data)")
+    parser.add_argument("--out", type=Path, help="checkpoints, logs and pictures (default: runs/BACKBONE)")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    parser.add_argument("--batch-size", type=int, help="sentences an optimizer step")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
+    parser.add_argument("--modules", default="adapter,cfe,ske", help="those of stage 1; 'none' leaves frozen CLIP")
+    parser.add_argument("--clip", default="pretrained", help="CLIP's weights: pretrained (default), random or a file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's; the refiner's is fp32")
+    parser.add_argument("--workers", type=int, default=None, help="processes that read images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.backbone
+    args.modules = tuple(m for m in args.modules.split(",") if m and m != "none")
+    if unknown := set(args.modules) - {"adapter", "cfe", "ske"}:
+        parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
+    if args.stage == "0" and args.backbone != "tiny":
+        parser.error("--stage 0 makes the tiny CLIP: B and L have published weights")
+    for flag in ("epochs", "steps", "batch_size", "accumulate"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    args.precision = args.precision or CONFIGS[args.backbone].precision
+    args.workers = (0 if args.backbone == "tiny" else 4) if args.workers is None else args.workers
+    return args
+
+
+def main(args):
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data.check_writable(args.out)
+    except OSError as error:
+        raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
+    if args.stage == "0":
+        return pretrain(args, stage_settings(args, 0))
+    if args.dataset == "shapes":
+        print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
+              "--dataset refcoco --data-root DATA")
+        if not (Path(args.data_root) / "shapes" / "instances.json").exists():
+            write_shapes(args.data_root, SHAPES_IMAGES, seed=0)
+    dataset = data.RefCOCO(args.data_root, args.dataset, "train")
+    stages = (1, 2) if args.stage == "all" else (int(args.stage),)
+    for stage in stages:
+        model = run_stage(args, stage, dataset)
+    if args.dataset != "combined":  # it has no val split of its own
+        report(args, model)
+    print(f"wrote {args.out}: checkpoints, log.jsonl, curve.png, metrics.json, samples.png")
+
+
+if __name__ == "__main__":
+    sys.exit(data.run(main, parse_args()))
