@@ -1,20 +1,22 @@
 """The Adapter kernels against float64, their memory traffic, what torch.library asks for, and whether any change shows.
 
-Everything runs in Triton's interpreter. Ahead-of-time compilation for GPUs is in test_kernels_dice_focal.py's neighbour,
-test_both_kernels below, through bench.py.
+Everything runs in Triton's interpreter; compiling for GPUs is tested with bench.py, which does it (test_bench.py).
 """
 
-from kernel_proof import assert_traffic, exact_bf16, force, last_offsets, run, survivors, traffic  # isort: skip
+from kernel_proof import ROOT, assert_traffic, exact_bf16, force, last_offsets, run, survivors, traffic  # isort: skip
 
 import importlib
+import os
+import subprocess
+import sys
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import kernels
 
@@ -132,9 +134,231 @@ def assert_wide_offsets(module):
     reached = last_offsets(module._dx_kernel, dict(dpre=f, w=f, dy=f, dx=f, sum=f), last(N, D), N, D, H, **options)
     assert reached == dict(dpre=N * H - 1, w=H * D - 1, dy=N * D - 1, dx=N * D - 1, sum=m * D - 1)
     parts = cdiv(N, 512)
-    reached = last_offsets(module._weight_kernel, dict(a=f, b=f, part=f), (last(H, D)[0], parts - 1), N, H, D, 512, **options)
+    program = last(H, D)[0], parts - 1
+    reached = last_offsets(module._weight_kernel, dict(a=f, b=f, part=f), program, N, H, D, 512, **options)
     assert reached == dict(a=N * H - 1, b=N * D - 1, part=parts * H * D - 1)
 
 
 def test_values_gradients_traffic_and_wide_offsets():
     prove(adapter)
+
+
+# Changes that cannot show: where b is padded with 1 instead of 0, a is 0 or the column is not stored; max(0, 0) is 0.
+EQUIVALENT = ["b = tl.load(b_ptrs, mask=k_ok[:, None] & col_ok, other=1.0)", "h = tl.where(pre <= 0, 0.0, pre)"]
+
+
+def assert_all_caught(ended, equivalent):
+    alive = [label for label in ended["alive"] if not any(change in label for change in equivalent)]
+    assert not alive, f"{len(alive)} changes that no check sees:\n" + "\n".join(alive)
+    print({how: len(labels) for how, labels in ended.items()})
+
+
+@pytest.mark.filterwarnings("ignore")  # mutants divide by zero
+def test_a_change_in_the_kernels_is_caught(tmp_path):
+    """A tenth of the mutants; test_any_change_in_the_kernels_is_caught runs all."""
+    assert_all_caught(survivors("adapter", prove, tmp_path, every=10), EQUIVALENT)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_any_change_in_the_kernels_is_caught(tmp_path):
+    assert_all_caught(survivors("adapter", prove, tmp_path), EQUIVALENT)
+
+
+# ---- values and gradients, by property ------------------------------------------------------------------------------
+
+SIZES = [1, 2, 3, 7, 13, 16, 17, 31, 32, 33, 47, 48, 50]
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    sizes = SIZES[7:] if dtype in HALF else SIZES  # a mean over few roundings, or over equal ones, says nothing
+    N, D, H = (draw(st.sampled_from(sizes)) for _ in range(3))
+    scale = draw(st.sampled_from([0.1, 1.0, 10.0] if dtype in HALF else [1e-3, 1.0, 1e3]))
+    blocks = draw(st.sampled_from([(16, 32), (32, 16), (16, 64), (64, 32), (64, 64)]))
+    parts = draw(st.sampled_from([24, 6144]))
+    layouts = ["rows", "columns", "every second", "batch"] + ["one row"] * (dtype not in HALF)
+    strides = draw(st.sampled_from(layouts))
+    x_dtype = draw(st.sampled_from([dtype, torch.float32])) if dtype in HALF else dtype
+    return (N, D, H, dtype, x_dtype, scale, draw(st.integers(0, 99))), (*blocks, 128, parts), strides
+
+
+def restride(t, strides):
+    """The same shape in another memory layout; "one row" repeats the first row with stride 0."""
+    if strides == "columns":
+        t = t.t().contiguous().t()
+    elif strides == "every second":
+        t = torch.stack([t, t], 2).flatten(1)[:, ::2]
+    elif strides == "one row":
+        t = t[:1].expand_as(t)
+    return t
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
+@given(cases())
+def test_output_and_gradients_equal_float64(case):
+    (N, D, H, dtype, x_dtype, scale, seed), block, strides = case
+    inputs, dy = make(N, D, H, dtype, x_dtype, scale, seed)
+    inputs = [restride(t.detach(), strides).requires_grad_() if t.dim() == 2 else t for t in inputs]
+    dy = restride(dy, strides)
+    if strides == "batch":
+        inputs[0], dy = inputs[0].detach()[None, :, None].requires_grad_(), dy[None, :, None]
+    x, w_down, b_down = (t.detach().double() for t in inputs[:3])
+    pre, size = x @ w_down.t() + b_down, x.abs() @ w_down.abs().t() + b_down.abs()
+    assume((pre.abs() > 1e-5 * size).all())  # rounding may not decide on which side of relu's corner a unit is
+    with exact_bf16(), tiles(adapter, *block), force("triton"), torch.autocast("cpu", dtype, dtype != x_dtype):
+        got = run(kernels.adapter, inputs, dy)
+        assert got[0].dtype == x_dtype and got[0].shape == inputs[0].shape
+        if dtype in HALF:
+            assert_as_good_as_eager(got, inputs, dy)
+        else:
+            assert_close(got, inputs, dy, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 20, 18)])
+def test_gradcheck_in_float64_with_respect_to_every_input(shape):
+    inputs, _ = make(*shape)
+    with force("triton"), tiles(adapter, 16, 16, 128, 24):
+        assert torch.autograd.gradcheck(kernels.adapter, inputs, fast_mode=True)
+
+
+def test_the_patched_interpreter_rounds_as_torch_does():
+    x = torch.randn(7, 8) * torch.logspace(-42, 38, 8)  # includes subnormal numbers
+    with exact_bf16():
+        wide = TensorHandle(x.numpy(), tl.float32)
+        narrow = interpreter_builder.cast_impl(wide, tl.bfloat16)
+        again = interpreter_builder.cast_impl(narrow, tl.float32)
+    assert torch.equal(torch.from_numpy(again.data), x.bfloat16().float())
+
+
+# ---- which path runs ------------------------------------------------------------------------------------------------
+
+SIX = ["_down_kernel", "_up_kernel", "_dpre_kernel", "_dx_kernel", "_weight_kernel", "_weight_kernel"]
+
+
+def test_triton_runs_where_it_is_asked_for_and_torch_elsewhere():
+    inputs, dy = make(5, 8, 16)
+    with traffic() as launches:
+        run(kernels.adapter, inputs, dy)  # a CPU tensor
+        run(kernels.adapter_reference, inputs, dy)
+        with force("torch"):
+            run(kernels.adapter, inputs, dy)
+        assert launches == []
+        with force("triton"):
+            run(kernels.adapter, inputs, dy)
+    assert [launch.kernel for launch in launches] == SIX
+
+
+def test_an_odd_bottleneck_is_padded_for_speed_without_changing_the_result():
+    inputs, dy = make(3, 8, 449)
+    with force("triton"), traffic() as launches:
+        got = run(kernels.adapter, inputs, dy)
+    assert {launch.arguments["H"] for launch in launches[:4]} == {464}
+    assert_close(got, inputs, dy, 1e-13)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_any_leading_dimensions_even_empty_ones(shape):
+    inputs, _ = make(1, 6, 5)
+    x = torch.randn(*shape, 6, dtype=torch.float64, requires_grad=True)
+    with force("triton"):
+        got = run(lambda *t: kernels.adapter(*t).sum(), [x, *inputs[1:]])  # sum: dy has stride 0
+    want = run(lambda *t: kernels.adapter_reference(*t).sum(), [x, *inputs[1:]])
+    for a, b in zip(got, want):
+        assert a.shape == b.shape and torch.allclose(a, b)
+
+
+def test_the_same_input_gives_the_same_bits():
+    inputs, dy = make(40, 24, 16, torch.float32)
+    with force("triton"), tiles(adapter, 16, 16, 64, 16):
+        for a, b in zip(run(kernels.adapter, inputs, dy), run(kernels.adapter, inputs, dy)):
+            assert torch.equal(a, b)
+
+
+def test_opcheck_of_both_operators():
+    inputs, dy = make(9, 6, 5)
+    torch.library.opcheck(adapter._adapter_op, inputs)
+    x, w_down, _, w_up, b_up, scale = (t.detach() for t in inputs)
+    h = adapter._adapter_op(*inputs)[1].detach()
+    torch.library.opcheck(adapter._backward_op, (dy, x, h, w_down, w_up, b_up, scale))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_keeps_one_graph(backend, autocast):
+    torch.compiler.reset()
+    inputs, dy = make(9, 6, 5, torch.float32)
+    compiled = torch.compile(kernels.adapter, fullgraph=True, backend="aot_eager")
+    with force(backend), exact_bf16(), torch.autocast("cpu", torch.bfloat16, autocast):
+        for a, b in zip(run(compiled, inputs, dy), run(kernels.adapter, inputs, dy)):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---- autocast, bad input --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_x_keeps_its_dtype_and_fp32_parameters_get_fp32_gradients(backend, x_dtype):
+    inputs, dy = make(24, 20, 18, torch.float32, x_dtype)
+    with force(backend), exact_bf16(), torch.autocast("cpu", torch.bfloat16):
+        got = run(kernels.adapter, inputs, dy)
+        assert [t.dtype for t in got] == [x_dtype] * 2 + [torch.float32] * 5
+        if backend == "triton":
+            assert_as_good_as_eager(got, inputs, dy)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("which, bad, message", [
+    (0, torch.ones(2, 6, dtype=torch.int64), "x must be floating point"),
+    (0, torch.ones(2, 7), r"w_down .*\(5, 6\).*\(5, 7\).*\(2, 7\)"),
+    (0, torch.tensor(1.0), r"x must be .*shape \(\)"),
+    (1, torch.ones(5), r"w_down .*\(5,\).*\(5, 6\)"),
+    (1, torch.tensor(1.0), r"w_down .*\(\).*\(0, 6\)"),
+    (2, torch.ones(6), r"b_down .*\(6,\).*\(5,\)"),
+    (3, torch.ones(5, 6), r"w_up .*\(5, 6\).*\(6, 5\)"),
+    (4, torch.ones(5), r"b_up .*\(5,\).*\(6,\)"),
+    (5, torch.ones(1), r"scale .*\(1,\).*\(6,\)"),
+    (1, torch.ones(5, 6, dtype=torch.float64), r"w_down is torch.float64 of shape \(5, 6\).*float32 of shape \(2, 6\)"),
+    (5, torch.ones(6, dtype=torch.bfloat16), "scale is torch.bfloat16.*torch.float32"),
+    (4, torch.ones(6, device="meta"), "b_up .* on meta.* on cpu"),
+])
+def test_bad_input_is_a_value_error_before_any_launch(backend, which, bad, message):
+    inputs = [t.detach() for t in make(2, 6, 5, torch.float32)[0]]
+    inputs[which] = bad
+    with force(backend), traffic() as launches:
+        for function in (kernels.adapter, kernels.adapter_reference):
+            with pytest.raises(ValueError, match=message):
+                function(*inputs)
+    assert launches == []
+
+
+def test_integer_parameters_are_refused_under_autocast_too():
+    inputs = [t.detach() for t in make(2, 6, 5, torch.float32)[0]]
+    inputs[2] = inputs[2].int()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="b_down is torch.int32"):
+        kernels.adapter(*inputs)
+
+
+# ---- the switch, and life without Triton ----------------------------------------------------------------------------
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, text=True,
+                          capture_output=True)
+
+
+def test_the_environment_switches_and_a_typing_error_in_it_is_told():
+    assert python("import kernels.backend as b; assert b.BACKEND == 'torch'", RISCLIP_KERNELS="torch").returncode == 0
+    assert "RISCLIP_KERNELS must be triton or torch" in python("import kernels", RISCLIP_KERNELS="tritn").stderr
+
+
+def test_without_triton_plain_torch_runs():
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import torch, kernels
+x, w = torch.ones(2, 3), torch.ones(3, 3)
+print(kernels.adapter(x, w, w[0], w, w[0], w[0]).sum().item(), kernels.dice_focal(x, x > 0).item() > 0)
+"""
+    done = python(code)
+    assert done.stdout == "84.0 True\n", done.stderr
