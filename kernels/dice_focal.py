@@ -104,8 +104,8 @@ def _terms(x, t, alpha):
     one_e = 1 + e
     p = tl.where(x >= 0, 1 / one_e, e / one_e)
     q = tl.where(x >= 0, e / one_e, 1 / one_e)  # 1 - p would round small values to 0
-    # log(1 + e) as log of the rounded sum plus what the rounding lost.
-    bce = tl.maximum(x, 0.0) - x * t + tl.log(one_e) + (e - (one_e - 1)) / one_e
+    # log(1 + e) as log of the rounded sum plus what rounding took from e: a small e is not lost.
+    bce = tl.maximum(x, 0.0) - x * t + tl.log(one_e) + (e - (one_e - 1))
     u = tl.maximum(p * (1 - t) + q * t, 1e-37)
     return p, q, u, bce, alpha * t + (1 - alpha) * (1 - t)
 

@@ -241,3 +241,10 @@ def survivors(name, prove, directory, every=1):
             except Exception as error:  # the interpreter wraps what is raised inside a kernel
                 ended["caught" if "AssertionError" in str(error) else "broken"].append(label)
     return ended
+
+
+def assert_all_caught(ended, equivalent):
+    """Fails if a mutant is alive whose change is not one of `equivalent`."""
+    alive = [label for label in ended["alive"] if not any(change in label for change in equivalent)]
+    assert not alive, f"{len(alive)} changes that no check sees:\n" + "\n".join(alive)
+    print({how: len(labels) for how, labels in ended.items()})

@@ -3,7 +3,8 @@
 Everything runs in Triton's interpreter; compiling for GPUs is tested with bench.py, which does it (test_bench.py).
 """
 
-from kernel_proof import ROOT, assert_traffic, exact_bf16, force, last_offsets, run, survivors, traffic  # isort: skip
+from kernel_proof import (  # isort: skip  # sets TRITON_INTERPRET, so it comes first
+    ROOT, assert_all_caught, assert_traffic, exact_bf16, force, last_offsets, run, survivors, traffic)
 
 import importlib
 import os
@@ -146,12 +147,6 @@ def test_values_gradients_traffic_and_wide_offsets():
 
 # Changes that cannot show: where b is padded with 1 instead of 0, a is 0 or the column is not stored; max(0, 0) is 0.
 EQUIVALENT = ["b = tl.load(b_ptrs, mask=k_ok[:, None] & col_ok, other=1.0)", "h = tl.where(pre <= 0, 0.0, pre)"]
-
-
-def assert_all_caught(ended, equivalent):
-    alive = [label for label in ended["alive"] if not any(change in label for change in equivalent)]
-    assert not alive, f"{len(alive)} changes that no check sees:\n" + "\n".join(alive)
-    print({how: len(labels) for how, labels in ended.items()})
 
 
 @pytest.mark.filterwarnings("ignore")  # mutants divide by zero
