@@ -66,8 +66,8 @@ class Operations(TorchDispatchMode):
         self.costs, self.launches = [], []  # (bytes, operations), (kernel, arguments by name, compiler options)
 
     def __enter__(self):
-        from triton.runtime.jit import JITFunction
-        self.patch = mock.patch.object(JITFunction, "run", lambda kernel, *args, **kw: self.launch(kernel, args, **kw))
+        kernel_type = type(importlib.import_module("kernels.adapter")._down_kernel)  # compiled or interpreted
+        self.patch = mock.patch.object(kernel_type, "run", lambda kernel, *args, **kw: self.launch(kernel, args, **kw))
         self.patch.start()
         return super().__enter__()
 

@@ -244,14 +244,16 @@ def backward(dy, x, h, w_down, w_up, b_up, scale):
 @torch.library.custom_op("risclip::adapter", mutates_args=())
 def _adapter_op(x: torch.Tensor, w_down: torch.Tensor, b_down: torch.Tensor, w_up: torch.Tensor, b_up: torch.Tensor,
                 scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(x, w_down, b_down, w_up, b_up, scale)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU; nothing for a CPU tensor
+        return forward(x, w_down, b_down, w_up, b_up, scale)
 
 
 @torch.library.custom_op("risclip::adapter_backward", mutates_args=())
 def _backward_op(dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, w_down: torch.Tensor, w_up: torch.Tensor,
                  b_up: torch.Tensor, scale: torch.Tensor
                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(dy, x, h, w_down, w_up, b_up, scale)
+    with torch.cuda.device_of(x):
+        return backward(dy, x, h, w_down, w_up, b_up, scale)
 
 
 @_adapter_op.register_fake

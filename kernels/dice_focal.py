@@ -172,13 +172,15 @@ def backward(dsums, logits, target, alpha, gamma):
 
 @torch.library.custom_op("risclip::pixel_sums", mutates_args=())
 def _sums_op(logits: torch.Tensor, target: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
-    return forward(logits, target, alpha, gamma)
+    with torch.cuda.device_of(logits):  # Triton launches on the current GPU; nothing for a CPU tensor
+        return forward(logits, target, alpha, gamma)
 
 
 @torch.library.custom_op("risclip::pixel_sums_backward", mutates_args=())
 def _backward_op(dsums: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, alpha: float, gamma: float
                  ) -> torch.Tensor:
-    return backward(dsums, logits, target, alpha, gamma)
+    with torch.cuda.device_of(logits):
+        return backward(dsums, logits, target, alpha, gamma)
 
 
 @_sums_op.register_fake

@@ -1,0 +1,105 @@
+"""bench.py: every kernel compiles for three generations of GPU without spilling, and its counts are right."""
+
+from kernel_proof import exact_bf16, force  # isort: skip  # sets TRITON_INTERPRET, so it comes first
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import kernels
+
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have on A100, H100, B200
+TENSOR_CORE = {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05.mma"]}
+KERNELS = ["_down_kernel", "_up_kernel", "_dpre_kernel", "_dx_kernel", "_weight_kernel", "_sums_kernel",
+           "_gradient_kernel"]
+
+
+def without_interpreter(*command):
+    """Runs Python where Triton compiles: a process in which it is imported for the interpreter cannot."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_clean(compiled, tensor_core=True):
+    for c in compiled:
+        assert c["spilled"] == 0 and c["shared"] <= SHARED_MEMORY[c["capability"]], c
+        product = tensor_core and c["kernel"] not in ("_sums_kernel", "_gradient_kernel")
+        assert c["tensor_core"] == (TENSOR_CORE[c["capability"]] if product else []), c
+    assert {(c["kernel"], c["capability"]) for c in compiled} >= {(k, a) for k in KERNELS for a in SHARED_MEMORY}
+
+
+def test_every_kernel_compiles_for_three_gpus_at_the_papers_shapes(tmp_path):
+    """bf16, B and L, image and text: all sizes are multiples of 16, which is all that a kernel is compiled for."""
+    file = tmp_path / "kernels.json"
+    printed = without_interpreter("bench.py", "kernels", "--json", str(file))
+    result = json.loads(file.read_text())
+    assert_clean(result["compiled"])
+    assert all(f"`{kernel}`" in printed for kernel in KERNELS) and "estimate" in printed
+    row = result["traffic"][0]
+    assert (row["pass"], row["fused MB"], row["eager MB"]) == ("forward", "368.8", "827.9")
+
+
+OTHER_DTYPES = """
+import json, sys, torch, bench
+x, weight = (getattr(torch, name) for name in sys.argv[1:])
+inputs = [t.to(x if i == 0 else weight) for i, t in enumerate(bench.adapter_inputs(2464, 640, 464, device="meta"))]
+launches = bench.count_fused("adapter", inputs)[1].launches
+logits, target = bench.loss_inputs(32, 1600, device="meta")
+launches += bench.count_fused("dice_focal", [logits.to(x), target])[1].launches
+print(json.dumps(bench.compile_all(launches, bench.ARCHITECTURES)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x, weight", [("float16", "float16"), ("float32", "bfloat16"), ("float32", "float32")])
+def test_every_kernel_compiles_in_other_dtypes(x, weight):
+    """fp16, autocast with a float32 residual stream, and fp32, which must not be rounded to tf32: no tensor core."""
+    assert_clean(json.loads(without_interpreter("-c", OTHER_DTYPES, x, weight)), tensor_core=weight != "float32")
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+def test_eager_bytes_are_those_of_its_operators():
+    N, D, H = 96, 32, 16
+    forward, _ = bench.count_eager(kernels.adapter_reference, bench.adapter_inputs(N, D, H, device="meta"))
+    x, h, w = N * D, N * H, D * H
+    linear = (x + w + H + h) + (h + w + D + x)  # down and up, each with its bias
+    assert forward.megabytes() == 2 * (linear + 2 * h + (D + 2 * x) + 3 * x) / 1e6  # relu, times scale, plus x
+
+
+def test_fused_bytes_are_those_of_the_docstring():
+    N, D, H = 51232, 896, 448
+    forward, both = bench.count_fused("adapter", bench.adapter_inputs(N, D, H, device="meta"))
+    x, h, w = N * D, N * H, D * H
+    assert forward.megabytes() == 2 * ((x + w + H + h) + (h + w + D + D + x + x)) / 1e6
+    products = (x + 2 * h) + (h + 2 * x) + (h + x) + (x + h)  # dpre, dx, dw_down, dw_up
+    assert both.megabytes() == pytest.approx(forward.megabytes() + 2 * products / 1e6, rel=0.09)  # partial sums are 8 %
+
+
+def test_the_roofline_takes_the_longer_of_bytes_and_arithmetic():
+    operations = bench.Operations()
+    operations.costs = [(3.35e12, 0), (0, 2 * 989e12)]
+    assert operations.roofline("H100") == pytest.approx(3e6)
+
+
+def test_the_check_before_timing_passes_the_kernels_and_stops_wrong_ones():
+    """What runs first on a GPU, here on a CPU with small tensors."""
+    torch.manual_seed(0)
+    inputs = bench.adapter_inputs(64, 32, 48, device="cpu")
+    dy = torch.randn(64, 32, dtype=torch.bfloat16)
+    with force("triton"), exact_bf16():
+        bench.check(kernels.adapter, kernels.adapter_reference, inputs, dy)
+    with pytest.raises(SystemExit, match="wrong"):
+        bench.check(lambda x, *p: kernels.adapter(x, *p[:-1], 0.9 * p[-1]), kernels.adapter_reference, inputs, dy)
+    inputs = bench.loss_inputs(2, 2, 9, 9, device="cpu")
+    with force("triton"):
+        bench.check(kernels.dice_focal, kernels.dice_focal_reference, inputs, torch.ones(()))
