@@ -135,10 +135,8 @@ def count_fused(name, inputs):
 
 # ---- compiling without a GPU ----------------------------------------------------------------------------------------
 
-def compile_launch(kernel, arguments, options, capability):
-    """Compiles a noted launch as Triton would at its first run on such a GPU, and says what it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source(kernel, arguments):
+    """A noted launch as Triton's compiler takes it, specialised as at its first run."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
@@ -151,29 +149,31 @@ def compile_launch(kernel, arguments, options, capability):
             signature[name] = mangle_type(value)
             if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]  # allows loads of 16 bytes; torch aligns its tensors
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_launch(kernel, arguments, options, capability):
+    """Compiles a noted launch for an NVIDIA GPU and says what a thread (registers) and a block (bytes) take."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     log = io.StringIO()
     with (mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(log),
           mock.patch.object(triton.knobs.compilation, "always_compile", True)):  # a cached kernel leaves no log
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
-                                  target=GPUTarget("cuda", capability, 32), options=options)
-    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", log.getvalue())[1]) for kind in ("stores", "loads"))
-    return dict(kernel=kernel.__name__, capability=capability, constants={k: str(v) for k, v in constants.items()},
-                signature=signature, registers=int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
-                spilled=stores + loads, shared=compiled.metadata.shared,
-                tensor_core=sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma(?=\.)",
-                                                  compiled.asm["ptx"]))))
+        compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+    log, ptx = log.getvalue(), compiled.asm["ptx"]
+    registers, stored, loaded = (int(re.search(pattern, log)[1]) for pattern in (
+        r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"))
+    return dict(kernel=kernel.__name__, capability=capability, registers=registers, spilled=stored + loaded,
+                shared=compiled.metadata.shared,
+                tensor_core=sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma(?=\.)", ptx))))
 
 
 def compile_all(launches, capabilities):
-    """compile_launch of every launch that differs from the ones before in more than the sizes of its tensors."""
-    rows, seen = [], set()
-    for kernel, arguments, options in launches:
-        key = (kernel.__name__, str({k: v.dtype if isinstance(v, torch.Tensor) else v % 16 if type(v) is int else v
-                                     for k, v in arguments.items()}))
-        if key not in seen:
-            seen.add(key)
-            rows += [compile_launch(kernel, arguments, options, capability) for capability in capabilities]
-    return rows
+    """compile_launch of every launch that is not compiled to the same as one before: the same but for sizes."""
+    different = {(kernel.__name__, source(kernel, arguments).hash()): (kernel, arguments, options)
+                 for kernel, arguments, options in launches}
+    return [compile_launch(*launch, capability) for launch in different.values() for capability in capabilities]
 
 
 # ---- times, where there is a GPU ------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ Dtypes. Outside autocast all six tensors have one dtype. Under autocast the para
 matrix products run in it, and gradients flow back through the cast; x, the residual stream, keeps its own dtype, and
 so does y. That is what autocast does to torch.nn.Linear. Sums are in float32 (float64 for float64).
 
-Compiled ahead of time for NVIDIA sm_80 (A100), sm_90 (H100) and sm_100 (B200), no register spilled; values, gradients
-and memory accesses tested in Triton's interpreter on a CPU. Nothing here is specific to NVIDIA, but nothing was
-compiled for another vendor, and no GPU has run or timed it.
+Compiled ahead of time in bf16, fp16 and fp32 for NVIDIA sm_80 (A100), sm_90 (H100) and sm_100 (B200), and in bf16 for
+sm_86, sm_89 and sm_120 (RTX) and AMD's gfx942 and gfx950 (MI300, MI350): nothing spills but 2 registers on gfx942.
+Values, gradients and memory accesses are tested in Triton's interpreter on a CPU. No GPU has run or timed it.
 """
 
 import torch
@@ -74,9 +74,10 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
 # float32 sums take 64 registers of each of 256 threads (8 warps), half of what the 255-register limit leaves room for.
 # 256 columns would spill registers. The paper's widths D are multiples of 128, so that no tile of a D is cut.
 BLOCK_M, BLOCK_N = 128, 128
-# The sum over k goes in steps of 128 bytes (64 numbers in bf16, 32 in float32), one cache line of each row. Three steps
-# are in flight at once (num_stages): 3 * 2 tiles of 128 * 128 bytes are 96 KB of the 163 KB (A100) or 227 KB there are.
-BLOCK_K_BYTES = 128
+# The sum over k goes in steps of 64 numbers of 2 bytes: a cache line (128 bytes) of each row. Three steps are in flight
+# at once (num_stages): 3 * 2 tiles of 128 * 128 bytes are 96 KB of the 163 KB (A100) or 227 KB (H100, B200) there are.
+# float32 does without tensor cores, which would round it to tf32, and steps longer than 16 would spill registers.
+BLOCK_K = {2: 64, 4: 16, 8: 16}  # by the bytes of a number
 # Weight gradients sum over all N rows and have few tiles (28 for B): too few for a GPU of 108 to 148 processors, so the
 # rows are cut into parts and each part summed by programs of its own. The partial sums are added in a fixed order at
 # the end, never atomically, so that the same input gives the same gradient, bit for bit.
@@ -199,12 +200,13 @@ def _options(weight):
     """What every launch is told: dtypes of products and sums, tile, warps of 32 threads, loads in flight."""
     return dict(DOT=getattr(tl, str(weight.dtype).removeprefix("torch.")),
                 ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K_BYTES // weight.element_size(),
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[weight.element_size()],
                 num_warps=8, num_stages=3)
 
 
-def _tiles(rows, cols):
-    return triton.cdiv(rows, BLOCK_M) * triton.cdiv(cols, BLOCK_N)
+def _grid(rows, cols, *parts):
+    """As many programs as an output of rows x cols has tiles (times parts): kernel[grid](arguments) launches them."""
+    return triton.cdiv(rows, BLOCK_M) * triton.cdiv(cols, BLOCK_N), *parts
 
 
 def forward(x, w_down, b_down, w_up, b_up, scale):
@@ -212,8 +214,8 @@ def forward(x, w_down, b_down, w_up, b_up, scale):
     x, w_down, b_down, w_up, b_up, scale = (t.contiguous() for t in (x, w_down, b_down, w_up, b_up, scale))
     (N, D), H, options = x.shape, w_down.shape[0], _options(w_down)
     h, y = w_down.new_empty(N, H), torch.empty_like(x)
-    _down_kernel[_tiles(N, H),](x, w_down, b_down, h, N, D, H, **options)
-    _up_kernel[_tiles(N, D),](h, w_up, b_up, scale, x, y, N, D, H, **options)
+    _down_kernel[_grid(N, H)](x, w_down, b_down, h, N, D, H, **options)
+    _up_kernel[_grid(N, D)](h, w_up, b_up, scale, x, y, N, D, H, **options)
     return y, h
 
 
@@ -226,10 +228,10 @@ def backward(dy, x, h, w_down, w_up, b_up, scale):
     dpre, dx = torch.empty_like(h), torch.empty_like(dy)
     dpre_sums, dy_sums = dy.new_empty(row_tiles, H, dtype=acc), dy.new_empty(row_tiles, D, dtype=acc)
     down_parts, up_parts = dy.new_empty(parts, H, D, dtype=acc), dy.new_empty(parts, D, H, dtype=acc)
-    _dpre_kernel[_tiles(N, H),](dy, scale, w_up, h, dpre, dpre_sums, N, D, H, **options)
-    _dx_kernel[_tiles(N, D),](dpre, w_down, dy, dx, dy_sums, N, D, H, **options)
-    _weight_kernel[_tiles(H, D), parts](dpre, x, down_parts, N, H, D, ROWS_PER_PART, **options)
-    _weight_kernel[_tiles(D, H), parts](dy, h, up_parts, N, D, H, ROWS_PER_PART, **options)
+    _dpre_kernel[_grid(N, H)](dy, scale, w_up, h, dpre, dpre_sums, N, D, H, **options)
+    _dx_kernel[_grid(N, D)](dpre, w_down, dy, dx, dy_sums, N, D, H, **options)
+    _weight_kernel[_grid(H, D, parts)](dpre, x, down_parts, N, H, D, ROWS_PER_PART, **options)
+    _weight_kernel[_grid(D, H, parts)](dy, h, up_parts, N, D, H, ROWS_PER_PART, **options)
     # What is left is as small as the weights: torch adds the parts up.
     scale, b_up, dy_sum, G = scale.to(acc), b_up.to(acc), dy_sums.sum(0), up_parts.sum(0)  # (D,), (D,), (D,), (D, H)
     dscale = (w_up.to(acc) * G).sum(1) + b_up * dy_sum

@@ -19,9 +19,9 @@ The derivative of a focal term, with u' = p (1 - p) (1 - 2 t) and bce' = p - t:
 
     d/dlogit (alpha_t u^gamma bce) = alpha_t (u^gamma (p - t) + gamma u^(gamma - 1) u' bce)
 
-Compiled ahead of time for NVIDIA sm_80 (A100), sm_90 (H100) and sm_100 (B200), no register spilled; values, gradients
-and memory accesses tested in Triton's interpreter on a CPU. Nothing here is specific to NVIDIA, but nothing was
-compiled for another vendor, and no GPU has run or timed it.
+Compiled ahead of time for NVIDIA sm_80 (A100), sm_90 (H100), sm_100 (B200), sm_86, sm_89 and sm_120 (RTX) and for AMD's
+gfx942 and gfx950 (MI300, MI350), no register spilled. Values, gradients and memory accesses are tested in Triton's
+interpreter on a CPU. No GPU has run or timed it.
 """
 
 import torch
@@ -153,7 +153,7 @@ def forward(logits, target, alpha, gamma):
     logits, target = logits.contiguous(), target.contiguous()
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     parts = logits.new_empty(B, blocks, 4, dtype=acc)
-    _sums_kernel[B * blocks,](logits, target, parts, n, alpha, gamma, **_options(logits))
+    _sums_kernel[(B * blocks,)](logits, target, parts, n, alpha, gamma, **_options(logits))
     return parts.sum(1)  # in a fixed order, unlike atomic additions
 
 
@@ -162,7 +162,7 @@ def backward(dsums, logits, target, alpha, gamma):
     (B, n), blocks = logits.shape, triton.cdiv(logits.shape[1], BLOCK)
     dsums, logits, target = dsums.contiguous(), logits.contiguous(), target.contiguous()
     dlogits = torch.empty_like(logits)
-    _gradient_kernel[B * blocks,](logits, target, dsums, dlogits, n, alpha, gamma, **_options(logits))
+    _gradient_kernel[(B * blocks,)](logits, target, dsums, dlogits, n, alpha, gamma, **_options(logits))
     return dlogits
 
 

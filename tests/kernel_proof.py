@@ -180,13 +180,13 @@ ROUNDED_DOWN = re.compile(r"t(?:l|riton)\.cdiv\(([\w.\[\]]+), (\w+)\)")  # a // 
 def mutants(name):
     """Yields (label, source) for each change of one operator, number, size, mask or name in kernels/NAME.py.
 
-    Changed are the bodies of the Triton kernels and of their launchers, `forward`, `backward` and `_tiles`.
+    Changed are the bodies of the Triton kernels and of their launchers, `forward`, `backward` and `_grid`.
     """
     source = (ROOT / "kernels" / f"{name}.py").read_text()
     lines, functions = source.splitlines(keepends=True), {}
     for node in ast.parse(source).body:
         decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-        if decorators == ["triton.jit"] or getattr(node, "name", None) in ("forward", "backward", "_tiles"):
+        if decorators == ["triton.jit"] or getattr(node, "name", None) in ("forward", "backward", "_grid"):
             first = node.body[isinstance(node.body[0], ast.Expr)]  # after the docstring
             functions |= dict.fromkeys(range(first.lineno, node.end_lineno + 1), node.name)
 

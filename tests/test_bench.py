@@ -66,6 +66,32 @@ def test_every_kernel_compiles_in_other_dtypes(x, weight):
     assert_clean(json.loads(without_interpreter("-c", OTHER_DTYPES, x, weight)), tensor_core=weight != "float32")
 
 
+OTHER_GPUS = """
+import json, re, triton, bench
+from triton.backends.compiler import GPUTarget
+launches = bench.count_fused("adapter", bench.adapter_inputs(2464, 640, 320, device="meta"))[1].launches
+launches += bench.count_fused("dice_focal", bench.loss_inputs(32, 1600, device="meta"))[1].launches
+for c in bench.compile_all(launches, (86, 89, 120)):
+    print(json.dumps([f"sm_{c['capability']}", c["kernel"], c["spilled"], c["shared"]]))
+for kernel, arguments, options in launches:
+    for arch in ("gfx942", "gfx950"):
+        compiled = triton.compile(bench.source(kernel, arguments), target=GPUTarget("hip", arch, 64), options=options)
+        spilled = sum(map(int, re.findall(r"gpr_spill_count: *(\\d+)", compiled.asm["amdgcn"])))
+        print(json.dumps([arch, kernel.__name__, spilled, compiled.metadata.shared]))
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_consumer_cards_and_for_amd():
+    """RTX 3090, 4090 and 5090 (99 KiB of shared memory a block), MI300X (64 KiB) and MI350X (160 KiB)."""
+    shared = {"sm_86": 101376, "sm_89": 101376, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
+    compiled = [json.loads(line) for line in without_interpreter("-c", OTHER_GPUS).splitlines()]
+    for arch, kernel, spilled, taken in compiled:
+        allowed = 2 if (arch, kernel) == ("gfx942", "_dpre_kernel") else 0  # registers of 256
+        assert spilled <= allowed and taken <= shared[arch], (arch, kernel, spilled, taken)
+    assert {(arch, kernel) for arch, kernel, *_ in compiled} == {(a, k) for a in shared for k in KERNELS}
+
+
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 def test_eager_bytes_are_those_of_its_operators():

@@ -25,9 +25,9 @@ adapter = importlib.import_module("kernels.adapter")  # the module; kernels.adap
 HALF = (torch.bfloat16, torch.float16)
 
 
-def tiles(module, block_m, block_n, block_k_bytes, rows_per_part):
+def tiles(module, block_m, block_n, block_k, rows_per_part):
     """Small tiles, so that small tensors cross their edges."""
-    return mock.patch.multiple(module, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K_BYTES=block_k_bytes,
+    return mock.patch.multiple(module, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=dict.fromkeys((2, 4, 8), block_k),
                                ROWS_PER_PART=rows_per_part)
 
 
@@ -94,7 +94,7 @@ def assert_planned_traffic(module, launches, N, D, H):
 
 def prove(module):
     """Values, gradients and traffic on shapes whose every edge is cut, then offsets beyond 32 bits."""
-    for N, D, H, block in ((37, 23, 12, (16, 8, 64, 12)), (5, 40, 49, (8, 16, 128, 64))):
+    for N, D, H, block in ((37, 23, 12, (16, 8, 8, 12)), (5, 40, 49, (8, 16, 16, 64))):
         inputs, dy = make(N, D, H)
         inputs[2].data[:4] = -5  # some hidden units are dead
         with traffic() as launches, tiles(module, *block):
@@ -104,7 +104,7 @@ def prove(module):
             assert_planned_traffic(module, launches, N, D, H)
         assert_close(got, inputs, dy, 1e-12)
     inputs, dy = make(24, 20, 18, torch.bfloat16, torch.float32)  # as under autocast
-    with traffic(), tiles(module, 16, 16, 32, 16), exact_bf16() as multiplied:
+    with traffic(), tiles(module, 16, 16, 16, 16), exact_bf16() as multiplied:
         flat = [t.detach() for t in inputs]
         y, kept = module.forward(*flat)
         got = [y, *module.backward(dy, flat[0], kept, *(flat[i] for i in (1, 3, 4, 5)))]
@@ -145,8 +145,11 @@ def test_values_gradients_traffic_and_wide_offsets():
     prove(adapter)
 
 
-# Changes that cannot show: where b is padded with 1 instead of 0, a is 0 or the column is not stored; max(0, 0) is 0.
-EQUIVALENT = ["b = tl.load(b_ptrs, mask=k_ok[:, None] & col_ok, other=1.0)", "h = tl.where(pre <= 0, 0.0, pre)"]
+# Changes that cannot show: where b or the scale is padded with 1 instead of 0, a is 0 or the column is not stored;
+# and relu of 0 is 0 on both sides.
+EQUIVALENT = ["b = tl.load(b_ptrs, mask=k_ok[:, None] & col_ok, other=1.0)",
+              "a = a.to(ACC) * tl.load(a_scale_ptr + start + tl.arange(0, BLOCK_K), mask=k_ok, other=1.0)",
+              "h = tl.where(pre <= 0, 0.0, pre)"]
 
 
 @pytest.mark.filterwarnings("ignore")  # mutants divide by zero
@@ -176,7 +179,7 @@ def cases(draw):
     parts = draw(st.sampled_from([24, 6144]))
     strides = draw(st.sampled_from(["rows", "columns", "every second", "batch"] + ["one row"] * (dtype not in HALF)))
     x_dtype = draw(st.sampled_from([dtype, torch.float32])) if dtype in HALF else dtype
-    return (N, D, H, dtype, x_dtype, scale, draw(st.integers(0, 99))), (*blocks, 128, parts), strides
+    return (N, D, H, dtype, x_dtype, scale, draw(st.integers(0, 99))), (*blocks, 32, parts), strides
 
 
 def restride(t, strides):
@@ -214,7 +217,7 @@ def test_output_and_gradients_equal_float64(case):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 20, 18)])
 def test_gradcheck_in_float64_with_respect_to_every_input(shape):
     inputs, _ = make(*shape)
-    with force("triton"), tiles(adapter, 16, 16, 128, 24):
+    with force("triton"), tiles(adapter, 16, 16, 16, 24):
         assert torch.autograd.gradcheck(kernels.adapter, inputs, fast_mode=True)
 
 
@@ -266,7 +269,7 @@ def test_any_leading_dimensions_even_empty_ones(shape):
 
 def test_the_same_input_gives_the_same_bits():
     inputs, dy = make(40, 24, 16, torch.float32)
-    with force("triton"), tiles(adapter, 16, 16, 64, 16):
+    with force("triton"), tiles(adapter, 16, 16, 16, 16):
         for a, b in zip(run(kernels.adapter, inputs, dy), run(kernels.adapter, inputs, dy)):
             assert torch.equal(a, b)
 
