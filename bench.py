@@ -238,8 +238,8 @@ def kernels_command(args):
     compiled = compile_all(launches, ARCHITECTURES)
     print("Registers a thread / spilled bytes / shared KiB a block, tensor-core instruction, compiled ahead of time:\n")
     print(table(resource_rows(compiled)), end="\n\n")
-    print("Bytes moved (counted) and roofline (estimated from the data sheets' peaks; nothing measured):\n"
-          if not torch.cuda.is_available() else f"Bytes, roofline and time on {torch.cuda.get_device_name()}:\n")
+    print("Bytes moved (counted; Adapters in bf16, logits in fp32) and roofline (estimated from data sheets), "
+          + (f"times on {torch.cuda.get_device_name()}:\n" if torch.cuda.is_available() else "no GPU, no times:\n"))
     print(table(rows))
     return dict(compiled=compiled, traffic=rows)
 
