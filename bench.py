@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import math
+import os
 import re
 from unittest import mock
 
@@ -217,6 +218,8 @@ def resource_rows(compiled):
 
 def kernels_command(args):
     """Compiles, counts, and with a GPU times. Returns what --json holds."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 has kernels interpreted; to compile them, unset it")
     names = ["adapter"] * len(ADAPTERS) + ["dice_focal"] * len(LOSSES)
     launches, rows = [], []
     for name, (title, shape) in zip(names, (ADAPTERS | LOSSES).items(), strict=True):

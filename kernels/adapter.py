@@ -71,16 +71,17 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
 # which one it is, and its "tensors" are blocks of known size spread over the threads of one processor of the GPU.
 #
 # 128 x 128 outputs for a tile: each element loaded is then used 128 times, enough to keep tensor cores busy, and the
-# float32 sums take 64 registers of each of 256 threads (8 warps), half of what the 255-register limit leaves room for.
-# 256 columns would spill registers. The paper's widths D are multiples of 128, so that no tile of a D is cut.
+# float32 sums take 64 registers of each of 256 threads (8 warps), a quarter of the 255 that a thread may have; the rest
+# holds operands and addresses. The paper's widths D are multiples of 128, so that no tile of a D is cut.
 BLOCK_M, BLOCK_N = 128, 128
 # The sum over k goes in steps of 64 numbers of 2 bytes: a cache line (128 bytes) of each row. Three steps are in flight
 # at once (num_stages): 3 * 2 tiles of 128 * 128 bytes are 96 KB of the 163 KB (A100) or 227 KB (H100, B200) there are.
 # float32 does without tensor cores, which would round it to tf32, and steps longer than 16 would spill registers.
 BLOCK_K = {2: 64, 4: 16, 8: 16}  # by the bytes of a number
 # Weight gradients sum over all N rows and have few tiles (28 for B): too few for a GPU of 108 to 148 processors, so the
-# rows are cut into parts and each part summed by programs of its own. The partial sums are added in a fixed order at
-# the end, never atomically, so that the same input gives the same gradient, bit for bit.
+# rows are cut into parts and each part summed by programs of its own: 9 parts of 51,232 rows make 252 programs for B.
+# The partial sums are added in a fixed order at the end, never atomically, so that the same input gives the same
+# gradient, bit for bit.
 ROWS_PER_PART = 6144
 
 
@@ -197,7 +198,7 @@ def _weight_kernel(a_ptr, b_ptr, part_ptr, N, P, Q, ROWS: tl.constexpr, DOT: tl.
 # ---- launching them -------------------------------------------------------------------------------------------------
 
 def _options(weight):
-    """What every launch is told: dtypes of products and sums, tile, warps of 32 threads, loads in flight."""
+    """What every launch is told: dtypes of products and sums, tile, warps of 32 threads, steps in flight."""
     return dict(DOT=getattr(tl, str(weight.dtype).removeprefix("torch.")),
                 ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[weight.element_size()],

@@ -13,9 +13,11 @@ import torch
 try:
     import triton
     import triton.language as tl
+    INSTALLED = True
 except ImportError:  # no wheels for macOS or Windows: the files still import, and plain torch runs
     triton = SimpleNamespace(jit=lambda function: None)
     tl = SimpleNamespace(constexpr=None)
+    INSTALLED = False
 
 BACKEND = os.environ.get("RISCLIP_KERNELS", "auto")
 if BACKEND not in ("auto", "triton", "torch"):
@@ -27,5 +29,5 @@ __all__ = ["triton", "tl", "use_triton"]
 def use_triton(tensor):
     """Whether the Triton kernels take `tensor`. float64 stays with torch on a GPU: the kernels' fp64 is for proofs."""
     if BACKEND == "auto":
-        return tensor.is_cuda and tensor.dtype != torch.float64 and hasattr(triton, "cdiv")
+        return tensor.is_cuda and tensor.dtype != torch.float64 and INSTALLED
     return BACKEND == "triton"

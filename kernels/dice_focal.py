@@ -13,8 +13,8 @@ Why fuse. All that the loss takes from the pixels are four sums for each sample:
 PyTorch writes every intermediate, each as large as the logits, and reads it again: for 32 x 2 maps of 640 x 640 pixels
 (stage 2, float32) 4640 MB forward and 5190 MB backward. One pass that keeps the intermediates in registers reads logits
 and target once and writes next to nothing: 131 MB with a bool target. One pass back reads both once more and writes the
-gradient: 236 MB. Between the passes only logits, target and the sums are kept. What follows from the sums,
-a few divisions, is plain torch, shared with the reference, and autograd derives it.
+gradient: 236 MB. Between the passes only logits and target are kept. What follows from the sums, a few divisions, is
+plain torch, shared with the reference, and autograd derives it.
 
 The derivative of a focal term, with u' = p (1 - p) (1 - 2 t) and bce' = p - t:
 

@@ -48,6 +48,11 @@ def test_every_kernel_compiles_for_three_gpus_at_the_papers_shapes(tmp_path):
     assert (row["pass"], row["fused MB"], row["eager MB"]) == ("forward", "368.8", "827.9")
 
 
+def test_bench_says_why_it_cannot_compile_in_the_interpreter():
+    with pytest.raises(SystemExit, match="unset"):
+        bench.main(bench.parse_args(["kernels"]))
+
+
 OTHER_DTYPES = """
 import json, sys, torch, bench
 x, weight = (getattr(torch, name) for name in sys.argv[1:])

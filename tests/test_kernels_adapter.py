@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 import kernels
+from kernels.backend import use_triton
 
 adapter = importlib.import_module("kernels.adapter")  # the module; kernels.adapter is the function
 HALF = (torch.bfloat16, torch.float16)
@@ -246,6 +248,21 @@ def test_triton_runs_where_it_is_asked_for_and_torch_elsewhere():
         with force("triton"):
             run(kernels.adapter, inputs, dy)
     assert [launch.kernel for launch in launches] == SIX
+
+
+def test_a_gpu_gets_triton_unless_it_is_float64_or_not_installed(monkeypatch):
+    """No GPU here: something that says of itself what a CUDA tensor does."""
+    def tensor(is_cuda, dtype):
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+
+    assert use_triton(tensor(True, torch.bfloat16)) and not use_triton(tensor(True, torch.float64))
+    assert not use_triton(tensor(False, torch.bfloat16))
+    with force("triton"):
+        assert use_triton(tensor(False, torch.float64))
+    with force("torch"):
+        assert not use_triton(tensor(True, torch.bfloat16))
+    monkeypatch.setattr(kernels.backend, "INSTALLED", False)
+    assert not use_triton(tensor(True, torch.bfloat16))
 
 
 def test_an_odd_bottleneck_is_padded_for_speed_without_changing_the_result():
