@@ -91,7 +91,7 @@ class Launch:
 def traffic():
     """Yields the list of Launches inside. Raises at a pointer outside all tensors, before memory is touched.
 
-    What a mask leaves out and no `other` defines is 99 instead of the interpreter's kind 0.
+    What a mask leaves out and no `other` defines is 99 or NaN by turns, instead of the interpreter's kind 0.
     """
     launches = []
     call, load, store = GridExecutor.__call__, Builder.create_masked_load, Builder.create_masked_store
@@ -104,7 +104,10 @@ def traffic():
         launches[-1].count(launches[-1].loads, pointers.data, mask.data)
         loaded = load(self, pointers, mask, other, *rest)
         if other is None:
-            loaded.data = np.where(mask.data, loaded.data, loaded.data.dtype.type(99))
+            garbage = np.full(loaded.data.shape, 99, loaded.data.dtype)
+            if garbage.dtype.kind == "f":
+                garbage.flat[::2] = np.nan
+            loaded.data = np.where(mask.data, loaded.data, garbage)
         return loaded
 
     def counted_store(self, pointers, value, mask, *rest):
@@ -172,7 +175,7 @@ SWAPS = {
     "minimum": "maximum", "exp": "abs", "log": "abs", "int64": "int32", "axis": "1 - axis",
     "N": "D", "D": "H", "H": "D", "P": "Q", "Q": "P", "BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M", "ROWS": "BLOCK_K",
     "ACC": "tl.float32", "DOT": "ACC", "first": "0", "last": "first", "n": "BLOCK", "scale": "(scale * 0 + 1)",
-    "sample": "0", "alpha": "gamma", "gamma": "alpha", "p": "q", "q": "p", "u": "p", "t": "x", "du": "dp", "dp": "du",
+    "sample": "0", "alpha": "gamma", "gamma": "alpha", "p": "q", "q": "p", "u": "p", "t": "x", "dpt": "dp", "dp": "dpt",
     "dfocal": "dp", **{mask: f"({mask} | True)" for mask in ("row_ok", "col_ok", "k_ok", "ok")}}
 ROUNDED_DOWN = re.compile(r"t(?:l|riton)\.cdiv\(([\w.\[\]]+), (\w+)\)")  # a // b instead forgets the last tile
 
