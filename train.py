@@ -132,7 +132,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
     optimizer = torch.optim.AdamW([  # what has one dimension (biases, norms, scalers, temperatures) does not decay
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-3},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=settings["lr"])
-    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset, "modules": args.modules,
+    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset, "modules": ",".join(args.modules),
            "accumulate": args.accumulate, **settings}
     step, seen, skipped, bad = 0, 0, 0, 0
     if checkpoint := find_checkpoint(args.out, stage):

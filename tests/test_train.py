@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,6 @@ def test_no_optimizer_state_for_frozen_parameters(run):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stopped_run_resumes_bit_for_bit(world, run, tmp_path, monkeypatch, stage):
-    monkeypatch.setitem(train.MINI, "save_every", 2)
     for settings in train.SETTINGS.values():
         monkeypatch.setitem(settings, "save_every", 2)
     for out in (tmp_path / "whole", tmp_path / "stopped"):
@@ -147,7 +147,7 @@ def test_sigterm_saves_first_and_exits_143(world, tmp_path):
                                 "--steps", "100000"], cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
-        pass
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143 and b"--resume" in error
