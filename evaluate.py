@@ -131,7 +131,7 @@ def predictions(model, dataset, protocol="original", workers=0, limit=None, read
     ("patch_logits", t) is the map upsampled bilinearly and cut at probability t, as if there were no decoder.
     """
     model.eval()
-    device = model.map_bias.device
+    device = model.map_threshold.device
     loader = DataLoader(ByImage(dataset, model.config.image_size, protocol, limit), batch_size=None,
                         num_workers=workers, collate_fn=lambda item: item)
     for image, pixels, sentences, targets in tqdm(loader, "evaluate", unit="image", leave=False):

@@ -23,7 +23,7 @@ Where the paper contradicts itself or is silent we decided (the README says why)
 - Adapters work on the residual stream after each MHSA and MLP, inside every layer, and in the last one's value path.
 - CFE reads its layer's inputs, without LN; "the embedding projections in the MHSA" that start at zero are W_s2t, W_s2v.
 - SKE reads the projected patches and words; each submodule's residual has a channel-wise scaler of its own.
-- map_patch = sigmoid(temperature * cosine + bias): the sigmoid of a bare cosine cannot leave 0.27-0.73.
+- map_patch = sigmoid(temperature * (cosine - threshold)): the sigmoid of a bare cosine cannot leave 0.27-0.73.
 - Words after [EOS] are never attended to, so that a sentence does not depend on what it is batched with.
 - The decoder's u is a transposed convolution with stride = kernel: it also reduces the channels.
 """
@@ -33,7 +33,6 @@ import json
 import logging
 import math
 import warnings
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,7 +43,6 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, resize_pos_embed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from data import DataError, preprocess
@@ -71,8 +69,8 @@ class Config:
     ske_layers: int = 6  # Table 5c
     ske_heads: int = 8
     ske_scale: float = 0.5
-    map_temperature: float = 20.0  # of the cosine map, at the start; with the bias it is learned
-    map_bias: float = -3.0
+    map_temperature: float = 20.0  # of the cosine map, at the start; it and the threshold are learned
+    map_threshold: float = 0.4  # the cosine at which map_patch is one half
     decoder_widths: tuple[int, ...] = (256, 128, 64, 32)  # D_4 ... D_1; the paper gives none
     decoder: bool = False  # stage 2 adds it
     precision: str = "bf16"  # the locator's; the refiner's is fp32
@@ -337,8 +335,10 @@ class RISCLIP(nn.Module):
                                  for _ in range(config.cfe_layers * ("cfe" in config.modules)))
         self.ske = nn.ModuleList(SKE(shared_width, config.ske_heads, config.ske_scale)
                                  for _ in range(config.ske_layers * ("ske" in config.modules)))
-        self.map_temperature = nn.Parameter(torch.tensor(config.map_temperature))
-        self.map_bias = nn.Parameter(torch.tensor(config.map_bias))
+        # As a logarithm, like CLIP's own temperature, and a threshold rather than a bias: Adam moves each parameter by
+        # about the learning rate a step, which on these two is enough to calibrate the map.
+        self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
+        self.map_threshold = nn.Parameter(torch.tensor(config.map_threshold))
         self.decoder = None
         if config.decoder:
             self.add_decoder()
@@ -353,7 +353,7 @@ class RISCLIP(nn.Module):
         self.config = replace(self.config, decoder=True)
         self.requires_grad_(False)
         self.decoder = Decoder(self.visual.conv1.out_channels, self.patch_size, self.config.decoder_widths)
-        self.decoder.to(self.map_bias.device)
+        self.decoder.to(self.map_threshold.device)
 
     def train(self, mode=True):
         super().train(mode)
@@ -378,8 +378,8 @@ class RISCLIP(nn.Module):
         one each) -> {"patch_logits": (B, h, w)} and, once there is a decoder, "mask_logits" (B, 2, S, S): the score
         maps of background and foreground. Figure 2.
         """
-        bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        with bf16, fast_attention(images):
+        bf16 = self.config.precision == "bf16" and computes_bf16(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             patch_logits, features = self.locate(images, tokens, image_index)
         output = {"patch_logits": patch_logits}
         if self.decoder is not None:
@@ -432,7 +432,7 @@ class RISCLIP(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             cosine = torch.einsum("bnd,bd->bn", patches, sentence)
         side = self.config.image_size // self.patch_size
-        patch_logits = self.map_temperature * cosine.view(B, side, side) + self.map_bias
+        patch_logits = self.map_scale.exp() * (cosine.view(B, side, side) - self.map_threshold)
         return patch_logits, [f.transpose(1, 2).unflatten(2, (side, side)) for f in features]
 
     @torch.inference_mode()
@@ -443,7 +443,7 @@ class RISCLIP(nn.Module):
     @torch.inference_mode()
     def segment_all(self, image, texts):
         """PIL image and K sentences -> bool array (K, height, width); the image's own layers run once."""
-        was_training, device = self.training, self.map_bias.device
+        was_training, device = self.training, self.map_threshold.device
         self.eval()
         pixels = preprocess(image, self.config.image_size)[None].to(device)
         index = torch.zeros(len(texts), dtype=torch.long, device=device)
@@ -512,10 +512,10 @@ def score_maps(output, size):
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
-def fast_attention(images):
-    """On a CPU the plain formula beats the flash kernel for short sequences; everywhere else torch chooses."""
-    short = images.device.type == "cpu" and images.size(-1) <= 128
-    return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+def computes_bf16(device):
+    """Whether a device has instructions for bf16. A CPU without them takes a hundred times as long as for fp32, and the
+    locator then stays in fp32."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---- Weight files ---------------------------------------------------------------------------------------------------

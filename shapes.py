@@ -6,8 +6,10 @@ The miniature's data. `write_shapes` puts scenes on disk as RefCOCO is, so that 
 
 import json
 import math
+import os
 import pickle
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,7 @@ COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214), 
            "purple": (150, 62, 186), "white": (238, 238, 238)}
 KINDS = ("circle", "square", "triangle", "star", "cross")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0),  # pixels; kept well apart so that the words are never doubtful
-         "close": (24.0, 42.0)}  # a close-up, which no sentence names; for the tiny CLIP's training alone
+RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0)}  # pixels; kept well apart so that the words are never doubtful
 SCENE = 96  # pixels, both sides
 FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}  # area over radius squared
 WALL = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: smaller is nearer the wall
@@ -78,8 +79,8 @@ def draw_words(rng, palette, count):
     return [(rng.choice(list(SIZE_WORDS)), rng.choice(colours), rng.choice(kinds)) for _ in range(count)]
 
 
-def draw_scene(rng, words):
-    """A layout of the objects -> (shapes, image (96, 96, 3) uint8, owner (96, 96) uint8).
+def draw_scene(rng, words, side=SCENE):
+    """A layout of the objects -> (shapes, image (side, side, 3) uint8, owner (side, side) uint8).
 
     `owner` is 0 on the ground and k + 1 where shape k is what one sees; shapes may be partly covered by later ones.
     """
@@ -88,25 +89,25 @@ def draw_scene(rng, words):
         for size, colour, kind in words:
             radius = rng.uniform(*RADII[size])
             for _ in range(40):
-                x, y = rng.uniform(radius, SCENE - radius), rng.uniform(radius, SCENE - radius)
+                x, y = rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)
                 if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in shapes):
                     shapes.append(Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3)))
                     break
         if len(shapes) == len(words):
-            image, owner = _paint(shapes, rng)
+            image, owner = _paint(shapes, rng, side)
             visible = np.bincount(owner.ravel(), minlength=len(shapes) + 1)[1:]
             if all(seen > 0.6 * FILL[s.kind] * s.radius**2 for seen, s in zip(visible, shapes)):
                 return shapes, image, owner
 
 
-def _paint(shapes, rng):
+def _paint(shapes, rng, side):
     noise = np.random.default_rng(rng.getrandbits(32))
     coarse = noise.normal(rng.uniform(70, 130), 16, (rng.randint(4, 9), rng.randint(4, 9), 1)) + noise.normal(0, 6, 3)
-    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((SCENE, SCENE), Image.BICUBIC)
-    ground = np.asarray(ground, np.float32) + noise.normal(0, 5, (SCENE, SCENE, 1))
+    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    ground = np.asarray(ground, np.float32) + noise.normal(0, 5, (side, side, 1))
     zoom = 4  # drawn large and averaged down: soft edges in the picture
-    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((SCENE * zoom,) * 2, Image.NEAREST)
-    owner = Image.new("L", (SCENE, SCENE))
+    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((side * zoom,) * 2, Image.NEAREST)
+    owner = Image.new("L", (side, side))
     paint, claim = ImageDraw.Draw(canvas), ImageDraw.Draw(owner)
     for k, shape in enumerate(shapes):
         colour = tuple(int(c + noise.normal(0, 5)) for c in COLOURS[shape.colour])
@@ -118,7 +119,8 @@ def _paint(shapes, rng):
 
 
 def _matches(shape, words):
-    return all(want is None or want == have for want, have in zip(words, (shape.size, shape.colour, shape.kind)))
+    size, colour, kind = words
+    return size in (None, shape.size) and colour in (None, shape.colour) and kind in (None, shape.kind)
 
 
 def _phrase(words, rng):
@@ -167,15 +169,11 @@ def expressions(shapes, target, rng):
                 found["position"].append(f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}")
 
     # relation: to an anchor that its words single out, or (a chain) that a second relation singles out
-    for d in heads:
-        for a, anchor in enumerate(shapes):
-            if a == target:
-                continue
+    for a, anchor in enumerate(shapes):
+        name = (_unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng)) if a != target else None
+        for d in heads if name else ():
             for relation in (*RELATIONS, "closest to"):
-                if not _holds_for_one(shapes, fits[d], target, relation, anchor):
-                    continue
-                name = _unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng)
-                if name:
+                if _holds_for_one(shapes, fits[d], target, relation, anchor):
                     link = rng.choice(_LINKS[relation])
                     found["relation"].append(f"{the}{_phrase(d, rng)} {link} the {name}")
     return found
@@ -225,7 +223,22 @@ def _chain_name(shapes, i, exclude, rng):
 
 # ---- On disk --------------------------------------------------------------------------------------------------------
 
-SPLITS = {"train": 0.8, "val": 0.03, "test": 0.17}  # of the images
+SPLITS = {"train": 0.76, "val": 0.03, "test": 0.21}  # of the images
+
+
+def _write_scene(path, seed, i, split):
+    """Draws scene i of a seed and writes its picture -> [(kind number, run lengths, box, area, said), ...], a referent
+    each: said is a list of (kind of expression, text)."""
+    rng, referents = random.Random(f"scene {seed} {i}"), []
+    shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
+    Image.fromarray(image).save(path, compress_level=1)
+    for k in rng.sample(range(len(shapes)), len(shapes)):
+        said = [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
+        if said and (split == "train" or len(referents) < 2):
+            run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
+            referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
+                              coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said))
+    return referents
 
 
 def write_shapes(root, images, seed):
@@ -238,32 +251,25 @@ def write_shapes(root, images, seed):
     (root / "shapes").mkdir(parents=True, exist_ok=True)
     (root / "images" / "shapes").mkdir(parents=True, exist_ok=True)
     ends = np.cumsum([round(images * share) for share in SPLITS.values()])
-    records, annotations, refs, sentences = [], [], [], 0
-    for i in tqdm(range(images), "shapes", unit="scene", disable=None):
-        rng = random.Random(f"scene {seed} {i}")
-        split = list(SPLITS)[min(int((i >= ends).sum()), len(SPLITS) - 1)]
-        shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
-        name = f"{seed}_{i:06d}.png"
-        Image.fromarray(image).save(root / "images" / "shapes" / name, compress_level=1)
-        records.append({"id": i, "file_name": name, "width": SCENE, "height": SCENE})
-        referred = 0
-        for k in rng.sample(range(len(shapes)), len(shapes)):
-            said = [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
-            if not said or (split != "train" and referred == 2):
-                continue
-            referred += 1
-            run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
-            annotations.append({"id": len(annotations), "image_id": i, "category_id": KINDS.index(shapes[k].kind) + 1,
-                                "iscrowd": 0, "area": int(coco.area(run_lengths)),
-                                "bbox": coco.toBbox(run_lengths).tolist(),
-                                "segmentation": {"size": [SCENE, SCENE], "counts": run_lengths["counts"].decode()}})
-            refs.append({"ref_id": len(refs), "ann_id": annotations[-1]["id"], "image_id": i, "split": split,
-                         "category_id": annotations[-1]["category_id"], "file_name": name,
-                         "sent_ids": list(range(sentences, sentences + len(said))),
-                         "sentences": [{"sent_id": sentences + j, "sent": text, "raw": text, "tokens": text.split(),
-                                        "kind": kind} for j, (kind, text) in enumerate(said)]})
-            sentences += len(said)
+    splits = [list(SPLITS)[min(int((i >= ends).sum()), len(SPLITS) - 1)] for i in range(images)]
+    names = [f"{seed}_{i:06d}.png" for i in range(images)]
+    paths = [root / "images" / "shapes" / name for name in names]
+    annotations, refs, sentences = [], [], 0
+    with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
+        scenes = pool.map(_write_scene, paths, [seed] * images, range(images), splits, chunksize=32)
+        for i, referents in enumerate(tqdm(scenes, "shapes", images, unit="scene", disable=None)):
+            for category, counts, box, area, said in referents:
+                annotations.append({"id": len(annotations), "image_id": i, "category_id": category, "iscrowd": 0,
+                                    "area": area, "bbox": box,
+                                    "segmentation": {"size": [SCENE, SCENE], "counts": counts}})
+                refs.append({"ref_id": len(refs), "ann_id": annotations[-1]["id"], "image_id": i, "split": splits[i],
+                             "category_id": category, "file_name": names[i],
+                             "sent_ids": list(range(sentences, sentences + len(said))),
+                             "sentences": [{"sent_id": sentences + j, "sent": text, "raw": text, "tokens": text.split(),
+                                            "kind": kind} for j, (kind, text) in enumerate(said)]})
+                sentences += len(said)
     (root / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    records = [{"id": i, "file_name": name, "width": SCENE, "height": SCENE} for i, name in enumerate(names)]
     categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
     (root / "shapes" / "instances.json").write_text(
         json.dumps({"images": records, "annotations": annotations, "categories": categories}))
@@ -298,15 +304,17 @@ class Scenes:
         return fit
 
 
-def statement(shapes, rng):
-    """Something true of the scene -> (text, function of Scenes that gives its truth for each scene, (S,) bool)."""
+def statement(shapes, rng, places=True):
+    """Something true of the scene -> (text, function of Scenes that gives its truth for each scene, (S,) bool).
+
+    places: it may say where in the scene an object is.
+    """
     o = rng.choice(shapes)
-    words = tuple(w if rng.random() < p else None
-                  for w, p in ((o.size, 0.4 * (o.size in SIZE_WORDS)), (o.colour, 0.6), (o.kind, 0.8)))
+    words = tuple(w if rng.random() < p else None for w, p in ((o.size, 0.4), (o.colour, 0.6), (o.kind, 0.8)))
     words = words if any(words) else (None, o.colour, o.kind)
     article, draw = rng.choice(("a ", "the ", "")), rng.random()
     name = _phrase(words, rng)
-    if draw < 0.2:  # a place; the middle of the scene has no word of its own
+    if draw < 0.2 and places:  # a place; the middle of the scene has no word of its own
         far = [(axis, np.sign(c - SCENE / 2)) for axis, c in ((1, o.y), (0, o.x)) if abs(c - SCENE / 2) > 10]
         where = " ".join({(0, -1): "left", (0, 1): "right", (1, -1): "top", (1, 1): "bottom"}[f] for f in far)
         if far:
@@ -327,7 +335,7 @@ def statement(shapes, rng):
         wall, (axis, sign) = rng.choice(list(WALL.items()))
         alike = sorted((s for s in shapes if _matches(s, words)), key=lambda s: sign * (s.x, s.y)[axis])
         place = alike.index(o)
-        unsaid = [i for i in range(3) if words[i] is None and o.size in SIZE_WORDS]
+        unsaid = [i for i in range(3) if words[i] is None]
         if place < 3 and unsaid and len(alike) > 1:
             i = rng.choice(unsaid)
             tell = (rng.choice(SIZE_WORDS[o.size]), o.colour, f"a {o.kind}")[i]
@@ -348,11 +356,17 @@ def _ranked(name, wall, place):
     return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
 
 
+# A share of the batches, the side in pixels of what they show, and the most objects in it. A single shape in a small
+# picture is learned first: it is named without doubt, and 25 patches cost a fifth of 144.
+LESSONS = ((0.5, 40, 1), (0.38, 56, 3), (0.12, SCENE, 6))
+
+
 class Captioned(Dataset):
-    """Batch i, drawn when asked for: images (B, 96, 96, 3) uint8, 2 B captions, truth (B, 2 B) bool.
+    """Batch i, drawn when asked for: images (B, side, side, 3) uint8, C captions, truth (B, C) bool, and the corner
+    (top, left) of 8-pixel patches where a whole scene has the pictures' window.
 
     Scenes come in fours that only details tell apart: the same objects in other layouts, or other objects of the same
-    colours and kinds. Others are close-ups of one object.
+    colours and kinds.
     """
 
     def __init__(self, batches, batch_size, seed):
@@ -363,22 +377,23 @@ class Captioned(Dataset):
 
     def __getitem__(self, i):
         rng, scenes, images = random.Random(f"captioned {self.seed} {i}"), [], []
-        close_ups = max(0.2, 1 - 2.5 * i / self.batches)  # all at first: a shape is easier to learn when it is large
+        ends = np.cumsum([share for share, _, _ in LESSONS]) * self.batches
+        _, side, most = LESSONS[min(int((i >= ends).sum()), len(LESSONS) - 1)]
         while len(scenes) < self.batch_size:
-            palette, count, layout = draw_palette(rng), rng.randint(1, 6), rng.random() < 0.5
-            close = rng.random() < close_ups
+            palette, count, layout = draw_palette(rng), rng.randint(1, most), rng.random() < 0.5
             words = draw_words(rng, palette, count)
             for _ in range(4):
-                if close:
-                    drawn = [("close", rng.choice(list(COLOURS)), rng.choice(KINDS))]
-                else:
-                    drawn = words if layout else draw_words(rng, palette, count)
-                shapes, image, _ = draw_scene(rng, drawn)
+                drawn = words if layout else draw_words(rng, palette, count)
+                if side < SCENE:  # one large object fits
+                    drawn = drawn[:1] + [("small", *rest) for _, *rest in drawn[1:]]
+                shapes, image, _ = draw_scene(rng, drawn, side)
                 scenes.append(shapes)
                 images.append(image)
-        said = [statement(shapes, rng) for shapes in scenes]
-        for shapes in scenes:  # and one of two statements each
-            (a, true_a), (b, true_b) = statement(shapes, rng), statement(shapes, rng)
+        places = side == SCENE
+        said = [statement(shapes, rng, places) for shapes in scenes]
+        for shapes in scenes if most > 1 else ():  # and a list of two
+            (a, true_a), (b, true_b) = statement(shapes, rng, places), statement(shapes, rng, places)
             said.append((f"{a} and {b}", lambda batch, p=true_a, q=true_b: p(batch) & q(batch)))
-        batch = Scenes(scenes)
-        return np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1)
+        batch, free = Scenes(scenes), (SCENE - side) // 8
+        return (np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1),
+                (rng.randint(0, free), rng.randint(0, free)))

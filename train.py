@@ -33,20 +33,20 @@ import data
 import kernels
 from data import DataError
 from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
-from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, fast_attention, find_checkpoint
+from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, find_checkpoint
 from shapes import Captioned, write_shapes
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
 MINI = dict(epochs=None, lr=2e-3, batch_size=32, per_image=4, warmup=20, augment=False, save_every=200)
 SETTINGS = {
-    ("tiny", 0): MINI | dict(steps=2200, lr=1e-3, batch_size=128, warmup=100),
+    ("tiny", 0): MINI | dict(steps=2400, batch_size=128, warmup=100),
     ("tiny", 1): MINI | dict(steps=700),
     ("tiny", 2): MINI | dict(steps=150),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
     **{(size, 2): PAPER | dict(steps=None, epochs=1) for size in "BL"},
 }
-SHAPES_IMAGES = 6000  # of the shapes world, written under --data-root when it is not there yet
+SHAPES_IMAGES = 5000  # of the shapes world, written under --data-root when it is not there yet
 
 
 # ---- Losses (Sec. 3.5) ----------------------------------------------------------------------------------------------
@@ -78,11 +78,16 @@ def contrastive_loss(clip, batch):
 
     Cross-entropy against the true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
     """
-    images, tokens, truth = batch["images"], batch["tokens"], batch["truth"].float()  # truth (I, C)
+    tokens, truth, (top, left) = batch["tokens"], batch["truth"].float(), batch["corner"]  # truth (I, C)
     clip.seen[tokens] = True
-    with torch.autocast(images.device.type, torch.bfloat16), fast_attention(images):
-        image, text = clip.encode_image(images, normalize=True), clip.encode_text(tokens, normalize=True)
-    logits = clip.logit_scale.exp() * image.float() @ text.float().T
+    # Pictures smaller than a scene are windows of one: they have the position embeddings of their place in it.
+    T, (h, w) = tokens.size(1), (n // p for n, p in zip(batch["images"].shape[2:], clip.visual.patch_size))
+    positions = clip.visual.positional_embedding
+    window = positions[1:].view(*clip.visual.grid_size, -1)[top:top + h, left:left + w].flatten(0, 1)
+    cut = {"visual.positional_embedding": torch.cat([positions[:1], window]),
+           "positional_embedding": clip.positional_embedding[:T], "attn_mask": clip.attn_mask[:T, :T]}
+    image, text, scale = torch.func.functional_call(clip, cut, (batch["images"], tokens))
+    logits = scale * image @ text.T
     by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
     return (by_image + F.cross_entropy(logits.T, (truth / truth.sum(0)).T)) / 2
 
@@ -115,10 +120,10 @@ def captioned_batches(tokenizer, settings, args, start):
     """Batches of stage 0 from step `start` on: scenes, captions and which captions are true of which scenes."""
     captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
     loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
-    for scenes, texts, truth in loader:
-        images = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2))
-        yield {"images": images, "tokens": tokenizer(texts), "truth": torch.as_tensor(truth), "lost": 0,
-               "texts": texts[:len(scenes)]}  # as many as there are images: the loop counts samples by them
+    for scenes, texts, truth, corner in loader:
+        images, tokens = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
+        yield {"images": images, "tokens": tokens[:, : int((tokens > 0).sum(1).max())], "corner": corner, "lost": 0,
+               "truth": torch.as_tensor(truth), "texts": texts[:len(scenes)]}  # the loop counts samples by them
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -252,6 +257,7 @@ def pretrain(args, settings):
     torch.manual_seed(args.seed)
     clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
     clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
+    clip.token_embedding.requires_grad_(False)  # 50 random words in 128 dimensions are all but orthogonal as they are
     clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
 

@@ -141,7 +141,7 @@ def frozen_map(clip, images, tokens):
 def test_stage_1_starts_from_frozen_clips_map():
     model = RISCLIP(replace(CONFIGS["tiny"], clip="pretrained")).eval()
     images, tokens = torch.randn(3, 3, 96, 96), model.tokenize(SENTENCES)
-    cosine = (model(images, tokens)["patch_logits"] - model.map_bias) / model.map_temperature
+    cosine = (model(images, tokens)["patch_logits"] / model.map_scale.exp()) + model.map_threshold
     torch.testing.assert_close(cosine.flatten(1), frozen_map(model.clip, images, tokens), rtol=0, atol=1e-6)
 
 
@@ -261,10 +261,10 @@ def test_a_checkpoint_loads_whole_or_not_at_all(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
-    save_file({k: v for k, v in state.items() if k != "map_bias"}, file)
-    with pytest.raises(DataError, match="missing or unexpected weights, map_bias"):
+    save_file({k: v for k, v in state.items() if k != "map_threshold"}, file)
+    with pytest.raises(DataError, match="missing or unexpected weights, map_threshold"):
         RISCLIP.from_pretrained(tmp_path)
-    save_file(state | {"map_bias": torch.zeros(3)}, file)
+    save_file(state | {"map_threshold": torch.zeros(3)}, file)
     with pytest.raises(DataError, match="does not fit"):
         RISCLIP.from_pretrained(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])

@@ -1,0 +1,137 @@
+"""The shapes world: every sentence is true of exactly one object, by a reader that shares no code with the writer."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+import shapes
+from data import RefCOCO
+from shapes import Captioned, Scenes, draw_palette, draw_scene, draw_words, expressions, statement, write_shapes
+
+SIZES = {"small": "small", "little": "small", "large": "large", "big": "large"}
+LINKS = [("left of", r"(?:that is )?(?:to the )?left of"), ("right of", r"(?:that is on the |to the )?right of"),
+         ("above", r"(?:that is above|above|higher than)"), ("below", r"(?:that is below|below|under)"),
+         ("near", r"(?:closest to|nearest to|next to)")]
+FIRST = {"left": lambda o: o.x, "right": lambda o: -o.x, "top": lambda o: o.y, "bottom": lambda o: -o.y}
+MOST = {"leftmost": "left", "rightmost": "right", "topmost": "top", "lowest": "bottom"}
+
+
+def described(noun, scene):
+    """The objects that 'small red circle' fits."""
+    words = noun.split()
+    return [o for o in scene if all(w in ("shape", "object", "thing") or SIZES.get(w, w) in (o.size, o.colour, o.kind)
+                                    for w in words)]
+
+
+def related(link, o, anchor):
+    """By more than 2 pixels: what one sees."""
+    right, down = o.x - anchor.x, o.y - anchor.y
+    return {"left of": -right, "right of": right, "above": -down, "below": down}[link] > 2
+
+
+def referents(text, scene):
+    """The objects that a sentence can mean."""
+    text = text.removeprefix("the ")
+    for most, wall in MOST.items():
+        if text.startswith(most):
+            return [min(described(text.removeprefix(most), scene), key=FIRST[wall])]
+    if found := re.fullmatch(r"(second|third) (.*) from the (\w+)", text):
+        order = sorted(described(found[2], scene), key=FIRST[found[3]])
+        return [order[1 if found[1] == "second" else 2]]
+    if found := (re.fullmatch(r"(?P<noun>.*) (?:at|on) the (?P<wall>left|right|top|bottom)", text)
+                 or re.fullmatch(r"(?P<noun>.*) closest to the (?P<wall>\w+) edge", text)
+                 or re.fullmatch(r"(?P<wall>left|right|top|bottom) (?P<noun>.*)", text)):
+        return [min(described(found["noun"], scene), key=FIRST[found["wall"]])]
+    links = [(found.start(), -found.end(), link, found) for link, pattern in LINKS
+             for found in re.finditer(rf" {pattern} the ", text)]
+    if not links:
+        return described(text, scene)
+    _, _, link, found = min(links)  # the first link has the rest as its anchor
+    anchors = referents(text[found.end():], scene)
+    candidates = described(text[:found.start()], scene)
+    if link != "near":
+        return [o for o in candidates if any(related(link, o, a) for a in anchors if a is not o)]
+    (anchor,) = anchors
+    return sorted((o for o in candidates if o is not anchor),
+                  key=lambda o: np.hypot(o.x - anchor.x, o.y - anchor.y))[:1]
+
+
+def scene(seed):
+    rng = random.Random(seed)
+    return draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6))), rng
+
+
+def test_every_sentence_is_true_of_its_object_alone():
+    counts = dict.fromkeys(("attribute", "position", "relation"), 0)
+    for seed in range(60):
+        (objects, _, _), rng = scene(seed)
+        for k, o in enumerate(objects):
+            for kind, texts in expressions(objects, k, rng).items():
+                counts[kind] += len(texts)
+                for text in texts:
+                    meant = referents(text, objects)
+                    assert len(meant) == 1 and meant[0] is o, (seed, text, meant, o)
+    assert min(counts.values()) > 300, counts
+
+
+def test_positions_and_relations_have_a_distractor_of_the_same_description():
+    for seed in range(30):
+        (objects, _, _), rng = scene(seed)
+        for k in range(len(objects)):
+            for text in expressions(objects, k, rng)["relation"]:
+                head = min((text.split(f" {w} ")[0] for w in ("left", "right", "that", "to", "above", "higher", "below",
+                                                              "under", "closest", "nearest", "next")), key=len)
+                assert len(described(head.removeprefix("the "), objects)) > 1, text
+
+
+def test_an_object_is_where_the_owner_map_says_and_mostly_seen():
+    for seed in range(10):
+        (objects, image, owner), _ = scene(seed)
+        assert image.shape == (96, 96, 3) and owner.max() == len(objects)
+        for k, o in enumerate(objects):
+            ys, xs = np.nonzero(owner == k + 1)
+            assert abs(xs.mean() - o.x) < 7 and abs(ys.mean() - o.y) < 7 and len(xs) > 60
+            colour = np.median(image[ys, xs], axis=0)
+            assert np.abs(colour - shapes.COLOURS[o.colour]).max() < 40
+
+
+def test_the_world_on_disk_is_the_same_for_the_same_seed_and_has_three_splits(tmp_path):
+    for name in "ab":
+        write_shapes(tmp_path / name, 40, seed=3)
+    for file in ("shapes/instances.json", "shapes/refs(shapes).p", "images/shapes/3_000007.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    images = {split: {s.image for s in RefCOCO(tmp_path / "a", "shapes", split).sentences}
+              for split in ("train", "val", "test")}
+    assert [len(i) for i in images.values()] == [30, 1, 9]
+    records = json.loads((tmp_path / "a/shapes/instances.json").read_text())["images"]
+    assert {r["width"] for r in records} == {96}
+
+
+# ---- For the tiny CLIP ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("places", [True, False])
+def test_a_statement_is_true_of_its_own_scene_and_false_of_most(places):
+    rng, scenes = random.Random(0), [scene(seed)[0][0] for seed in range(80)]
+    truth = np.stack([holds(Scenes(scenes)) for _, holds in (statement(objects, rng, places) for objects in scenes)], 1)
+    assert truth.shape == (80, 80) and truth.diagonal().all() and truth.mean() < 0.5
+
+
+def test_statements_without_a_place_name_none():
+    rng = random.Random(1)
+    texts = [statement(scene(seed)[0][0], rng, places=False)[0] for seed in range(200)]
+    assert not any(re.search(r"(at|on|in) the (top|bottom|left|right)( |$)", text) for text in texts
+                   if "that is on the right of" not in text)
+
+
+def test_lessons_go_from_single_shapes_to_whole_scenes():
+    captioned = Captioned(100, 8, seed=0)
+    for i, (side, captions) in {0: (40, 8), 60: (56, 16), 99: (96, 16)}.items():
+        images, texts, truth, (top, left) = captioned[i]
+        assert images.shape == (8, side, side, 3) and len(texts) == captions and truth.shape == (8, captions)
+        assert truth[:, :8].diagonal().all()
+        assert 0 <= min(top, left) and max(top, left) * 8 + side <= 96
+    again = captioned[60]
+    assert all(np.array_equal(a, b) for a, b in zip(again[0], Captioned(100, 8, seed=0)[60][0]))
