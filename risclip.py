@@ -88,7 +88,7 @@ CONFIGS = {
 # The miniature's CLIP, open_clip's own class at a size that two CPU cores train in an hour (train.py --stage 0).
 TINY_CLIP = dict(
     embed_dim=128,
-    vision_cfg=dict(image_size=96, patch_size=8, width=128, layers=6, head_width=32, pool_type="avg"),
+    vision_cfg=dict(image_size=96, patch_size=8, width=128, layers=6, head_width=32),
     text_cfg=dict(context_length=40, vocab_size=49408, width=128, heads=4, layers=3),
 )
 

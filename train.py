@@ -33,14 +33,14 @@ import data
 import kernels
 from data import DataError
 from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
-from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, find_checkpoint
+from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, find_checkpoint, image_layer, text_layer
 from shapes import Captioned, write_shapes
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
 MINI = dict(epochs=None, lr=2e-3, batch_size=32, per_image=4, warmup=20, augment=False, save_every=200)
 SETTINGS = {
-    ("tiny", 0): MINI | dict(steps=2400, batch_size=128, warmup=100),
+    ("tiny", 0): MINI | dict(steps=1100, batch_size=128, warmup=100),
     ("tiny", 1): MINI | dict(steps=700),
     ("tiny", 2): MINI | dict(steps=150),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
@@ -76,18 +76,31 @@ def refiner_loss(model, batch):
 def contrastive_loss(clip, batch):
     """Stage 0: CLIP's contrastive loss between I scenes and C captions, where several may be true of each other.
 
-    Cross-entropy against the true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
+    A scene is as similar to a caption as those of its patches that fit it best (softmax over patches, in the manner of
+    FILIP): with the class token alone, a map that locates anything takes more than the hour that there is. Then
+    cross-entropy against the true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
     """
     tokens, truth, (top, left) = batch["tokens"], batch["truth"].float(), batch["corner"]  # truth (I, C)
+    visual, no_adapters, T = clip.visual, (torch.nn.Identity(), torch.nn.Identity()), tokens.size(1)
     clip.seen[tokens] = True
-    # Pictures smaller than a scene are windows of one: they have the position embeddings of their place in it.
-    T, (h, w) = tokens.size(1), (n // p for n, p in zip(batch["images"].shape[2:], clip.visual.patch_size))
-    positions = clip.visual.positional_embedding
-    window = positions[1:].view(*clip.visual.grid_size, -1)[top:top + h, left:left + w].flatten(0, 1)
-    cut = {"visual.positional_embedding": torch.cat([positions[:1], window]),
-           "positional_embedding": clip.positional_embedding[:T], "attn_mask": clip.attn_mask[:T, :T]}
-    image, text, scale = torch.func.functional_call(clip, cut, (batch["images"], tokens))
-    logits = scale * image @ text.T
+
+    v = visual.conv1(batch["images"])  # (I, D, h, w), perhaps the window of a scene whose corner is top, left
+    h, w = v.shape[2:]
+    positions = visual.positional_embedding[1:].view(*visual.grid_size, -1)[top:top + h, left:left + w].flatten(0, 1)
+    v = v.flatten(2).transpose(1, 2) + positions
+    class_token = visual.class_embedding + visual.positional_embedding[0]
+    v = visual.ln_pre(torch.cat([class_token.expand(len(v), 1, -1), v], dim=1))
+    for i, block in enumerate(visual.transformer.resblocks):
+        v = image_layer(block, v, no_adapters, value_path=i == len(visual.transformer.resblocks) - 1)
+    t = clip.token_embedding(tokens) + clip.positional_embedding[:T]
+    for block in clip.transformer.resblocks:
+        t = text_layer(block, t, no_adapters, clip.attn_mask[:T, :T])
+
+    patches = F.normalize(visual.ln_post(v[:, 1:]) @ visual.proj, dim=-1)  # (I, h * w, d)
+    eos = clip.ln_final(t[torch.arange(len(t)), tokens.argmax(1)])
+    sentences = F.normalize(eos @ clip.text_projection, dim=-1)  # (C, d)
+    similarity = clip.logit_scale.exp() * torch.einsum("ipd,cd->icp", patches, sentences)
+    logits = (similarity * similarity.softmax(dim=-1)).sum(dim=-1)  # (I, C)
     by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
     return (by_image + F.cross_entropy(logits.T, (truth / truth.sum(0)).T)) / 2
 
