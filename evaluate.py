@@ -98,12 +98,12 @@ def masks_from_output(output, size, width, height, protocol="original", threshol
 class ByImage(Dataset):
     """One item an image: its pixels for the network, and all its sentences with their ground truth."""
 
-    def __init__(self, dataset, size, protocol, limit=None):
+    def __init__(self, dataset, size, protocol, limit=None, every=1):
         self.dataset, self.size, self.protocol = dataset, size, protocol
         sentences = {}
         for i, sentence in enumerate(dataset.sentences):
             sentences.setdefault(sentence.image, []).append(i)
-        self.items = list(sentences.items())[:limit]
+        self.items = list(sentences.items())[::every][:limit]
 
     def __len__(self):
         return len(self.items)
@@ -124,7 +124,7 @@ MASK = ("mask_logits", None)  # a readout: the model's output and the threshold 
 
 
 @torch.inference_mode()
-def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,)):
+def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,), every=1):
     """Yields (image, sentences, targets by ref, masks by readout, (K, H, W) each) for every image with its K sentences.
 
     All sentences of an image make one forward pass, and nothing else does: results depend on no batch size. The readout
@@ -132,7 +132,7 @@ def predictions(model, dataset, protocol="original", workers=0, limit=None, read
     """
     model.eval()
     device = model.map_threshold.device
-    loader = DataLoader(ByImage(dataset, model.config.image_size, protocol, limit), batch_size=None,
+    loader = DataLoader(ByImage(dataset, model.config.image_size, protocol, limit, every), batch_size=None,
                         num_workers=workers, collate_fn=lambda item: item)
     for image, pixels, sentences, targets in tqdm(loader, "evaluate", unit="image", leave=False):
         tokens = model.tokenize([s.text for s in sentences]).to(device)
@@ -167,8 +167,8 @@ def evaluate(model, dataset, protocol="original", workers=0, limit=None, readout
 
 def best_map_readout(model, dataset, limit=150):
     """The map's readout whose threshold gives the highest mIoU on validation scenes: a map is then compared for what
-    it shows, not for its calibration."""
-    readouts = [("patch_logits", i / 20) for i in range(4, 15)]
+    it shows, not for its calibration. On frozen CLIP's map this is a fit of temperature and bias."""
+    readouts = [("patch_logits", 1 / (1 + math.exp(-x / 2))) for x in range(-8, 9)]
     results = evaluate(model, dataset, limit=limit, readouts=readouts)
     return max(readouts, key=lambda readout: results[readout]["mIoU"])
 
@@ -264,16 +264,12 @@ def save_picture(picture, path):
 
 
 def samples(model, dataset, count=12):
-    """The first sentence of evenly spaced images: ground truth in blue, prediction in pink, the sentence under them."""
-    panels = []
-    images = len({s.image for s in dataset.sentences})
-    step = max(1, images // count)
-    for i, (image, sentences, targets, masks) in enumerate(predictions(model, dataset, limit=step * count)):
-        if i % step == 0:
-            k = (i // step) % len(sentences)
-            sentence = sentences[k]
-            panels.append(panel([overlay(image, targets[sentence.ref], BLUE), overlay(image, masks[MASK][k], PINK)],
-                                sentence.text))
+    """A sentence of each of evenly spaced images: ground truth in blue, prediction in pink, the sentence under them."""
+    panels, every = [], max(1, len({s.image for s in dataset.sentences}) // count)
+    for i, (image, sentences, targets, masks) in enumerate(predictions(model, dataset, limit=count, every=every)):
+        k = i % len(sentences)
+        panels.append(panel([overlay(image, targets[sentences[k].ref], BLUE), overlay(image, masks[MASK][k], PINK)],
+                            sentences[k].text))
     return contact_sheet(panels)
 
 

@@ -234,7 +234,7 @@ def _write_scene(path, seed, i, split):
     Image.fromarray(image).save(path, compress_level=1)
     for k in rng.sample(range(len(shapes)), len(shapes)):
         said = [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
-        if said and (split == "train" or len(referents) < 2):
+        if said and (split == "train" or not referents):
             run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
             referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
                               coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said))
@@ -245,7 +245,7 @@ def write_shapes(root, images, seed):
     """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says.
 
     A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out; for val and
-    test two shapes a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
+    test one shape a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
     """
     root = Path(root)
     (root / "shapes").mkdir(parents=True, exist_ok=True)
@@ -362,7 +362,7 @@ LESSONS = ((0.55, 48, 2), (0.27, 64, 3), (0.18, SCENE, 6))
 
 
 class Captioned(Dataset):
-    """Batch i, drawn when asked for: images (B, side, side, 3) uint8, C captions, truth (B, C) bool, and the corner
+    """Batch i, drawn when asked for: images (B, side, side, 3) uint8, 2 B captions, truth (B, 2 B) bool, and the corner
     (top, left) of 8-pixel patches where a whole scene has the pictures' window.
 
     Scenes come in fours that only details tell apart: the same objects in other layouts, or other objects of the same
@@ -390,10 +390,7 @@ class Captioned(Dataset):
                 scenes.append(shapes)
                 images.append(image)
         places = side == SCENE
-        said = [statement(shapes, rng, places) for shapes in scenes]
-        for shapes in scenes:  # and a list of two
-            (a, true_a), (b, true_b) = statement(shapes, rng, places), statement(shapes, rng, places)
-            said.append((f"{a} and {b}", lambda batch, p=true_a, q=true_b: p(batch) & q(batch)))
+        said = [statement(shapes, rng, places) for shapes in scenes + scenes]  # two of each
         batch, free = Scenes(scenes), (SCENE - side) // 8
         return (np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1),
                 (rng.randint(0, free), rng.randint(0, free)))

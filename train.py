@@ -40,7 +40,7 @@ from shapes import Captioned, write_shapes
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
 MINI = dict(epochs=None, lr=2e-3, batch_size=32, per_image=4, warmup=20, augment=False, save_every=200)
 SETTINGS = {
-    ("tiny", 0): MINI | dict(steps=1100, batch_size=128, warmup=100),
+    ("tiny", 0): MINI | dict(steps=1000, batch_size=96, warmup=50),
     ("tiny", 1): MINI | dict(steps=700),
     ("tiny", 2): MINI | dict(steps=150),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
@@ -150,8 +150,8 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
     optimizer = torch.optim.AdamW([  # what has one dimension (biases, norms, scalers, temperatures) does not decay
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-3},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=settings["lr"])
-    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset, "modules": ",".join(args.modules),
-           "accumulate": args.accumulate, **settings}
+    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset,
+           "modules": ",".join(args.modules), "accumulate": args.accumulate, **settings}
     step, seen, skipped, bad = 0, 0, 0, 0
     if checkpoint := find_checkpoint(args.out, stage):
         step, seen, skipped = load_training_state(checkpoint, optimizer, net, run)
@@ -270,7 +270,10 @@ def pretrain(args, settings):
     torch.manual_seed(args.seed)
     clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
     clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
-    clip.token_embedding.requires_grad_(False)  # 50 random words in 128 dimensions are all but orthogonal as they are
+    # 50 random words in 128 dimensions are all but orthogonal: they stay as they are. But they have to be as large as
+    # what a layer adds to them, or the first CFE, before the first text layer, would drown them in the image.
+    clip.token_embedding.requires_grad_(False).weight.data.mul_(50)
+    clip.positional_embedding.data.mul_(20)
     clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
 
@@ -342,12 +345,17 @@ def stage_settings(args, stage):
 def report(args, model):
     """Evaluation on scenes never trained on, for the miniature, or the val split -> metrics.json, samples.png."""
     split = "test" if args.dataset == "shapes" else "val"
-    held_out = data.RefCOCO(args.data_root, args.dataset, split)
-    readouts = {"map, upsampled, cut at {}": best_map_readout(model, data.RefCOCO(args.data_root, args.dataset, "val"))}
-    if model.decoder is not None:
-        readouts["decoder's mask"] = MASK
-    measured = evaluate(model, held_out, workers=args.workers, readouts=tuple(readouts.values()))
-    results = {name.format(readout[1]): measured[readout] for name, readout in readouts.items()}
+    held_out, val = (data.RefCOCO(args.data_root, args.dataset, s) for s in (split, "val"))
+    results, models = {}, {"trained map": model}
+    if args.backbone == "tiny":
+        frozen = RISCLIP(replace(model.config, modules=(), decoder=False)).to(args.device)
+        models = {"frozen CLIP's map": frozen, **models}
+    for name, m in models.items():
+        readouts = {f"{name}, upsampled": best_map_readout(m, val)}
+        if m.decoder is not None:
+            readouts["decoder's mask"] = MASK
+        measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
+        results |= {row: measured[readout] | {"threshold": readout[1]} for row, readout in readouts.items()}
     data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
     save_picture(samples(model, held_out), args.out / "samples.png")
     first = next(iter(results.values()))

@@ -25,17 +25,20 @@ def on_meta(backbone):
 
 # Table A1, row by row; B's 448 and the swapped weight sources are decisions, stated in risclip.py.
 @pytest.mark.parametrize("backbone, expected", [
-    ("B", dict(patch=16, image_layers=12, text_layers=12, image_heads=14, text_heads=10, image_width=896, text_width=640,
-               shared=640, image_bottleneck=448, text_bottleneck=320, cfe=6, cfe_heads=10, ske=6, ske_heads=8, size=640)),
-    ("L", dict(patch=14, image_layers=24, text_layers=12, image_heads=16, text_heads=12, image_width=1024, text_width=768,
-               shared=768, image_bottleneck=512, text_bottleneck=384, cfe=6, cfe_heads=12, ske=6, ske_heads=8, size=560)),
+    ("B", dict(patch=16, image_layers=12, text_layers=12, image_heads=14, text_heads=10, image_width=896,
+               text_width=640, shared=640, image_bottleneck=448, text_bottleneck=320, cfe=6, cfe_heads=10, ske=6,
+               ske_heads=8, size=640)),
+    ("L", dict(patch=14, image_layers=24, text_layers=12, image_heads=16, text_heads=12, image_width=1024,
+               text_width=768, shared=768, image_bottleneck=512, text_bottleneck=384, cfe=6, cfe_heads=12, ske=6,
+               ske_heads=8, size=560)),
 ])
 def test_table_a1_holds_of_the_modules_themselves(backbone, expected):
     model = on_meta(backbone)
     visual, clip = model.visual, model.clip
     e = expected
     assert visual.conv1.weight.shape == (e["image_width"], 3, e["patch"], e["patch"])
-    assert len(visual.transformer.resblocks) == e["image_layers"] and len(clip.transformer.resblocks) == e["text_layers"]
+    assert len(visual.transformer.resblocks) == e["image_layers"]
+    assert len(clip.transformer.resblocks) == e["text_layers"]
     assert {b.attn.num_heads for b in visual.transformer.resblocks} == {e["image_heads"]}
     assert {b.attn.num_heads for b in clip.transformer.resblocks} == {e["text_heads"]}
     assert clip.token_embedding.weight.shape == (49408, e["text_width"]) and clip.context_length == 77
@@ -212,12 +215,15 @@ def test_decoder_gives_two_score_maps_of_the_image_size(patch, grid):
 
 
 @torch.no_grad()
-def test_bf16_locator_stays_close_to_fp32_and_the_decoder_is_fp32(tiny):
+def test_bf16_locator_stays_close_to_fp32_and_the_decoder_is_fp32(tiny, monkeypatch):
     tiny.add_decoder()
     tiny.eval()
     images, tokens = torch.randn(2, 3, 96, 96), tiny.tokenize(SENTENCES[:2])
     exact = tiny(images, tokens)
     tiny.config = replace(tiny.config, precision="bf16")
+    monkeypatch.setattr(risclip, "computes_bf16", lambda device: False)
+    assert torch.equal(tiny(images, tokens)["patch_logits"], exact["patch_logits"])  # a CPU without bf16 keeps fp32
+    monkeypatch.setattr(risclip, "computes_bf16", lambda device: True)
     seen = []
     hook = tiny.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     rough = tiny(images, tokens)

@@ -49,14 +49,14 @@ def test_patch_targets_are_the_half_full_patches_or_the_fullest():
 
 
 def test_a_run_leaves_what_the_readme_lists(run):
-    assert {p.name for p in run.iterdir()} == {"stage1-000003", "stage2-000003", "log.jsonl", "curve.png", "metrics.json",
-                                               "samples.png"}
+    assert {p.name for p in run.iterdir()} == {"stage1-000003", "stage2-000003", "log.jsonl", "curve.png",
+                                               "metrics.json", "samples.png"}
     assert {p.name for p in (run / "stage2-000003").iterdir()} == {"config.json", "model.safetensors", "training.pt"}
     lines = [json.loads(line) for line in open(run / "log.jsonl")]
     assert {line["stage"] for line in lines} == {1, 2}
     assert {"step", "loss", "lr", "samples_per_s", "memory_gib"} <= set(lines[0])
     metrics = json.loads((run / "metrics.json").read_text())
-    assert len(metrics) == 2 and all(0 <= row["mIoU"] <= 100 and "kinds" in row for row in metrics.values())
+    assert len(metrics) == 3 and all(0 <= row["mIoU"] <= 100 and "kinds" in row for row in metrics.values())
     assert Image.open(run / "curve.png").size == (1440, 300) and Image.open(run / "samples.png").width > 600
 
 
@@ -143,8 +143,9 @@ def test_the_loss_falls(world, tmp_path):
 
 
 def test_sigterm_saves_first_and_exits_143(world, tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", "--data-root", str(world), "--out", str(tmp_path), "--stage", "1",
-                                "--steps", "100000"], cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "train.py", "--data-root", str(world), "--out", str(tmp_path), "--stage", "1", "--steps",
+               "100000"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.1)
@@ -216,8 +217,9 @@ def broken_world(world, root, share):
 
 def test_broken_images_are_skipped_counted_and_end_the_run_with_1(world, tmp_path, capsys):
     root = broken_world(world, tmp_path / "broken", 0.2)
-    process = subprocess.run([sys.executable, "train.py", "--data-root", str(root), "--out", str(tmp_path / "o"), "--stage",
-                              "1", "--steps", "4"], cwd=REPOSITORY, capture_output=True, text=True)
+    command = [sys.executable, "train.py", "--data-root", str(root), "--out", str(tmp_path / "o"), "--stage", "1",
+               "--steps", "4"]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert process.returncode == 1, process.stderr
     assert "skipped: " in process.stderr and ".png" in process.stderr and "more than 1 %" in process.stderr
     assert "Traceback" not in process.stderr
@@ -242,16 +244,16 @@ def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
     """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
     import evaluate
     import predict
-    flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size", "64",
-             "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
+    flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size",
+             "64", "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
     main(parse_args(flags))
     for protocol in ("original", "lavt", "cris"):
         evaluate.main(evaluate.parse_args([str(tmp_path), "--dataset", "refcoco", "--data-root", str(photos), "--split",
                                            "testB", "--protocol", protocol, "--json", str(tmp_path / "e.json")]))
         assert json.loads((tmp_path / "e.json").read_text())["sentences"] > 0
     photo = sorted((photos / "images/mscoco/images/train2014").iterdir())[0]
-    predict.main(predict.parse_args([str(tmp_path), str(photo), "the bowl", "the fork", "--out", str(tmp_path / "o.png"),
-                                     "--mask", str(tmp_path / "m.png")]))
+    predict.main(predict.parse_args([str(tmp_path), str(photo), "the bowl", "the fork", "--out",
+                                     str(tmp_path / "o.png"), "--mask", str(tmp_path / "m.png")]))
     size = Image.open(photo).size
     assert Image.open(tmp_path / "m-1.png").size == Image.open(tmp_path / "m-2.png").size == size
     assert os.path.getsize(tmp_path / "o.png") and np.asarray(Image.open(tmp_path / "m-1.png")).dtype == bool
