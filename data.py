@@ -722,9 +722,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def make_shapes(root, images, seed):
+    """shapes.write_shapes. Raises DataError if root cannot be written."""
+    try:
+        shapes.write_shapes(root, images, seed)
+    except OSError as error:
+        raise DataError(f"data root {root} cannot be written ({error.strerror}): give another place") from error
+
+
 def main(args):
     if args.command == "shapes":
-        shapes.write_shapes(args.root, args.images, args.seed)
+        make_shapes(args.root, args.images, args.seed)
         print(f"wrote {Path(args.root) / 'shapes'} and {Path(args.root) / 'images' / 'shapes'}")
         return 0
     problems = check(args.root, args.dataset, args.quick)

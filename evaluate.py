@@ -14,6 +14,7 @@ The protocols differ, and the numbers with them; the paper names none:
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -74,7 +75,7 @@ def letterbox_box(width, height, size):
 def letterbox(image, size):
     """PIL image -> square PIL image, aspect kept, the border filled with CLIP's mean colour."""
     left, top, w, h = letterbox_box(*image.size, size)
-    square = Image.new("RGB", (size, size), tuple(round(255 * m) for m in data.MEAN))
+    square = Image.new("RGB", (size, size), data.FILL)
     square.paste(image.resize((w, h), Image.BICUBIC), (left, top))
     return square
 
@@ -96,23 +97,23 @@ def masks_from_output(output, size, width, height, protocol="original", threshol
 
 
 class ByImage(Dataset):
-    """One item an image: its pixels for the network, and all its sentences with their ground truth."""
+    """One item an image: the image, its pixels for the network, its sentences, their ground truth; or a DataError."""
 
     def __init__(self, dataset, size, protocol, limit=None, every=1):
         self.dataset, self.size, self.protocol = dataset, size, protocol
-        sentences = {}
-        for i, sentence in enumerate(dataset.sentences):
-            sentences.setdefault(sentence.image, []).append(i)
-        self.items = list(sentences.items())[::every][:limit]
+        (items,) = data.plan_eval(dataset, len(dataset))
+        self.items = items[::every][:limit]
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
-        number, sentences = self.items[i]
-        image = self.dataset.image(number)
+        number, sentences, _ = self.items[i]
         sentences = [self.dataset.sentences[s] for s in sentences]
-        masks = {s.ref: self.dataset.mask(s.ref) for s in sentences}
+        try:
+            image, masks = self.dataset.image(number), {s.ref: self.dataset.mask(s.ref) for s in sentences}
+        except DataError as error:
+            return error  # raised where the batches arrive: a worker would wrap it in its own traceback
         if self.protocol == "lavt":  # ground truth by nearest neighbour on the network's square
             masks = {r: np.asarray(Image.fromarray(m).resize((self.size, self.size), Image.NEAREST))
                      for r, m in masks.items()}
@@ -127,23 +128,23 @@ MASK = ("mask_logits", None)  # a readout: the model's output and the threshold 
 def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,), every=1):
     """Yields (image, sentences, targets by ref, masks by readout, (K, H, W) each) for every image with its K sentences.
 
-    All sentences of an image make one forward pass, and nothing else does: results depend on no batch size. The readout
+    The sentences of an image share its forward pass, nothing else does: results depend on no batch size. The readout
     ("patch_logits", t) is the map upsampled bilinearly and cut at probability t, as if there were no decoder.
     """
     model.eval()
-    device = model.map_threshold.device
-    loader = DataLoader(ByImage(dataset, model.config.image_size, protocol, limit, every), batch_size=None,
-                        num_workers=workers, collate_fn=lambda item: item)
-    for image, pixels, sentences, targets in tqdm(loader, "evaluate", unit="image", leave=False):
-        tokens = model.tokenize([s.text for s in sentences]).to(device)
-        index = torch.zeros(len(sentences), dtype=torch.long, device=device)
-        output = model(pixels[None].to(device), tokens, index)
-        masks = {}
-        for name, threshold in readouts:
-            source = output if name in MASK else {name: output[name]}
-            size = model.config.image_size
-            masks[name, threshold] = masks_from_output(source, size, *image.size, protocol, threshold)
-        yield image, sentences, targets, masks
+    device, size = model.map_threshold.device, model.config.image_size
+    loader = DataLoader(ByImage(dataset, size, protocol, limit, every), batch_size=None, num_workers=workers,
+                        collate_fn=lambda item: item)
+    for item in tqdm(loader, "evaluate", unit="image", leave=False):
+        if isinstance(item, DataError):
+            raise item
+        image, pixels, sentences, targets = item
+        masks = {readout: [] for readout in readouts}
+        for output in model.outputs(pixels[None].to(device), [s.text for s in sentences]):
+            for name, threshold in readouts:
+                source = output if name in MASK else {name: output[name]}
+                masks[name, threshold].append(masks_from_output(source, size, *image.size, protocol, threshold))
+        yield image, sentences, targets, {readout: np.concatenate(parts) for readout, parts in masks.items()}
 
 
 def evaluate(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,)):
@@ -238,10 +239,11 @@ def contact_sheet(panels, columns=3, gap=12):
     return sheet
 
 
-def check_picture(path):
-    """Raises DataError unless `path` names a picture format that can be written, in a folder that can be made."""
+def check_writable(path, picture=False):
+    """Raises DataError unless a file can be made at `path` (its folder is), for a picture in a format with that ending.
+    """
     path = Path(path)
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    if picture and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise DataError(f"{path}: no picture format has the ending {path.suffix!r}; give .png or .jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,13 +254,13 @@ def check_picture(path):
 
 def save_picture(picture, path):
     """Writes a picture whole or not at all. Raises DataError if it cannot be written."""
-    check_picture(path)
+    check_writable(path, picture=True)
     path = Path(path)
-    aside = path.with_name(f".partial{path.suffix}")
+    aside = path.with_name(f".partial-{os.getpid()}{path.suffix}")
     try:
         picture.save(aside)
         aside.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a format without such pixels
         aside.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written ({error}): give another place") from error
 
@@ -273,28 +275,48 @@ def samples(model, dataset, count=12):
     return contact_sheet(panels)
 
 
+def model_flags(parser):
+    """The flags that say which model, shared with predict.py; `load` reads them."""
+    parser.add_argument("checkpoint", help="a run's --out, one checkpoint in it, or a name on the Hugging Face Hub")
+    parser.add_argument("--image-size", type=int, help="other than the checkpoint's")
+    parser.add_argument("--clip", help="the frozen weights, if they lie elsewhere than in training")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's, other than in training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(args):
+    """The model that the flags name, on its device. Raises DataError as RISCLIP.from_pretrained does."""
+    given = {k: getattr(args, k) for k in ("image_size", "clip", "precision") if getattr(args, k) is not None}
+    model = RISCLIP.from_pretrained(args.checkpoint, **given)
+    try:
+        return model.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {args.device}: {data.one_line(error)[:120]}") from error
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's --out, one checkpoint in it, or a name on the Hugging Face Hub")
+    model_flags(parser)
     parser.add_argument("--dataset", default="shapes", help="shapes, refcoco, refcoco+, refcocog or a JSON file")
     parser.add_argument("--data-root", default="data", help="where the data sets lie (default: data)")
     parser.add_argument("--split", default="val")
     parser.add_argument("--protocol", default="original", choices=("original", "lavt", "cris"))
     parser.add_argument("--json", metavar="F", help="write the figures there")
-    parser.add_argument("--figures", metavar="DIR", help="write samples.png there")
+    parser.add_argument("--figures", metavar="DIR", help="write samples.png there, drawn by the protocol 'original'")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    parser.add_argument("--image-size", type=int, help="other than the checkpoint's")
-    parser.add_argument("--clip", help="the frozen weights, if they lie elsewhere than in training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's, other than in training")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: give 1 or more")
+    return args
 
 
 def main(args):
-    changes = {k: getattr(args, k) for k in ("image_size", "clip", "precision") if getattr(args, k)}
-    model = RISCLIP.from_pretrained(args.checkpoint, **changes).to(args.device)
     dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
+    figure = Path(args.figures) / "samples.png" if args.figures else None
+    for path in filter(None, (args.json, figure)):
+        check_writable(path)
+    model = load(args)
     result = evaluate(model, dataset, args.protocol, args.workers, args.limit)[MASK]
     result |= {"dataset": args.dataset, "split": args.split}
     print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "
@@ -303,9 +325,9 @@ def main(args):
     if args.json:
         data.write_text(args.json, json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if args.figures:
-        save_picture(samples(model, dataset), Path(args.figures) / "samples.png")
-        print(f"wrote {Path(args.figures) / 'samples.png'}")
+    if figure:
+        save_picture(samples(model, dataset), figure)
+        print(f"wrote {figure}")
 
 
 if __name__ == "__main__":

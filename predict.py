@@ -8,12 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import data
-from evaluate import PINK, check_picture, contact_sheet, overlay, panel, save_picture
-from risclip import RISCLIP
+from evaluate import PINK, check_writable, contact_sheet, load, model_flags, overlay, panel, save_picture
 
 
 def numbered(path, i, count):
@@ -24,24 +22,23 @@ def numbered(path, i, count):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's --out, one checkpoint in it, or a name on the Hugging Face Hub")
+    model_flags(parser)
     parser.add_argument("image")
     parser.add_argument("sentences", nargs="+", metavar="sentence")
     parser.add_argument("--out", default="overlay.png", help="the image with the mask in pink (default: overlay.png)")
     parser.add_argument("--mask", help="also write the mask itself, white on black; -1, -2 ... for several sentences")
-    parser.add_argument("--image-size", type=int, help="other than the checkpoint's")
-    parser.add_argument("--clip", help="the frozen weights, if they lie elsewhere than in training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's, other than in training")
     return parser.parse_args(argv)
 
 
 def main(args):
-    for path in filter(None, (args.out, args.mask)):
-        check_picture(path)
+    if not all(text.strip() for text in args.sentences):
+        raise data.DataError("empty sentence: say what to segment")
     image = data.open_image(args.image)
-    changes = {k: getattr(args, k) for k in ("image_size", "clip", "precision") if getattr(args, k)}
-    model = RISCLIP.from_pretrained(args.checkpoint, **changes).to(args.device)
+    for path in filter(None, (args.out, args.mask)):
+        check_writable(path, picture=True)
+    if args.mask and Path(args.mask).resolve() == Path(args.out).resolve():
+        raise data.DataError(f"--mask {args.mask} is --out as well: give two places")
+    model = load(args)
     masks = model.segment_all(image, args.sentences)  # (K, H, W)
     panels = [panel([overlay(image, mask, PINK)], text, height=min(480, image.height))
               for mask, text in zip(masks, args.sentences)]
@@ -52,7 +49,7 @@ def main(args):
     if args.mask:
         for i, mask in enumerate(masks):
             written.append(numbered(args.mask, i, len(masks)))
-            save_picture(Image.fromarray(mask), written[-1])
+            save_picture(Image.fromarray(mask).convert("L"), written[-1])
     for mask, text in zip(masks, args.sentences):
         print(f"{100 * mask.mean():5.1f} % of the image: {text}")
     print(f"wrote {', '.join(map(str, written))}")

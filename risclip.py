@@ -25,13 +25,14 @@ Where the paper contradicts itself or is silent we decided (the README says why)
 - SKE reads the projected patches and words; each submodule's residual has a channel-wise scaler of its own.
 - map_patch = sigmoid(temperature * (cosine - threshold)): the sigmoid of a bare cosine cannot leave 0.27-0.73.
 - Words after [EOS] are never attended to, so that a sentence does not depend on what it is batched with.
-- The decoder's u is a transposed convolution with stride = kernel: it also reduces the channels.
+- The decoder's u is a transposed convolution with stride = kernel, of v_4 a 1 x 1 one: it also reduces the channels.
 """
 
 import hashlib
 import json
 import logging
 import math
+import re
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kernels
-from data import DataError, preprocess
+from data import DataError, one_line, preprocess, read_json
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -74,7 +75,7 @@ class Config:
     decoder_widths: tuple[int, ...] = (256, 128, 64, 32)  # D_4 ... D_1; the paper gives none
     decoder: bool = False  # stage 2 adds it
     precision: str = "bf16"  # the locator's; the refiner's is fp32
-    clip: str = "random"  # where the frozen weights came from: pretrained, random or a file
+    clip: str = "pretrained"  # where the frozen weights come from: pretrained, random or a file
 
 
 CONFIGS = {
@@ -96,6 +97,14 @@ TINY_CLIP = dict(
 
 # ---- Sec. 3.1: frozen CLIP ------------------------------------------------------------------------------------------
 
+def check_image_size(config):
+    """Raises DataError unless the image is a whole number of patches; builds and downloads nothing."""
+    architecture = TINY_CLIP if config.clip_name == "tiny" else open_clip.get_model_config(config.clip_name)
+    patch = architecture["vision_cfg"]["patch_size"]
+    if config.image_size < patch or config.image_size % patch:
+        raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size {patch}")
+
+
 def build_clip(config):
     """open_clip's CLIP at the config's image size, position embeddings resized (bicubic, antialiased) by open_clip.
 
@@ -103,7 +112,7 @@ def build_clip(config):
     seed 0: for trying the code) or a weight file. Raises DataError if the weights cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
         if config.clip_name == "tiny":
             size = dict(TINY_CLIP["vision_cfg"], image_size=config.image_size)
             clip = CLIP(**dict(TINY_CLIP, vision_cfg=size))
@@ -114,20 +123,16 @@ def build_clip(config):
         tag = {"random": None, "pretrained": config.clip_tag}.get(config.clip, config.clip)
         if config.clip not in ("random", "pretrained") and not Path(tag).is_file():
             raise DataError(f"--clip {tag}: no such file")
-        logging.disable(logging.WARNING)  # open_clip warns of weights left random, which "random" asked for
+        logging.disable(logging.CRITICAL)  # open_clip warns of weights left random; what fails is raised as well
         try:
             return open_clip.create_model(config.clip_name, pretrained=tag, force_image_size=config.image_size,
                                           force_quick_gelu=config.quick_gelu, require_pretrained=tag is not None,
                                           device=torch.get_default_device())
         except Exception as error:  # hubs fail in many ways: name the mend, keep the cause
-            raise DataError(f"CLIP weights {config.clip_name}/{tag} cannot be loaded ({_one_line(error)}); give a file "
-                            "with --clip PATH, or try the code with --clip random") from error
+            raise DataError(f"CLIP weights {config.clip_name}/{tag} cannot be loaded ({one_line(error)[:99]}); give a "
+                            "state dict's file with --clip PATH, or try the code with --clip random") from error
         finally:
             logging.disable(logging.NOTSET)
-
-
-def _one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def image_layer(block, x, adapters, value_path=False):
@@ -318,13 +323,12 @@ class RISCLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        check_image_size(config)
         self.config = config
         self.clip = build_clip(config).eval().requires_grad_(False)
         image_blocks, text_blocks = self.visual.transformer.resblocks, self.clip.transformer.resblocks
         image_width, text_width = self.visual.conv1.out_channels, self.clip.token_embedding.embedding_dim
         shared_width, self.patch_size = self.visual.proj.size(1), self.visual.patch_size[0]
-        if config.image_size % self.patch_size:
-            raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size {self.patch_size}")
 
         def adapters(blocks, width, bottleneck):
             last = len(blocks) if config.adapter_layers is None else config.adapter_layers
@@ -436,7 +440,6 @@ class RISCLIP(nn.Module):
         patch_logits = self.map_scale.exp() * (cosine.view(B, side, side) - self.map_threshold)
         return patch_logits, [f.transpose(1, 2).unflatten(2, (side, side)) for f in features]
 
-    @torch.inference_mode()
     def segment(self, image, text):
         """PIL image and a sentence -> bool array (height, width) of the image's own size."""
         return self.segment_all(image, [text])[0]
@@ -447,11 +450,16 @@ class RISCLIP(nn.Module):
         was_training, device = self.training, self.map_threshold.device
         self.eval()
         pixels = preprocess(image, self.config.image_size)[None].to(device)
-        index = torch.zeros(len(texts), dtype=torch.long, device=device)
-        output = self(pixels, self.tokenize(texts).to(device), index)
-        masks = score_maps(output, image.size[::-1]).argmax(dim=1).bool().cpu().numpy()
+        masks = [score_maps(output, image.size[::-1]).argmax(dim=1).bool() for output in self.outputs(pixels, texts)]
         self.train(was_training)
-        return masks
+        return torch.cat(masks).cpu().numpy()
+
+    def outputs(self, pixels, texts, at_once=8):
+        """Yields forward's output for the first 8 sentences of one image (1, 3, S, S), for the next 8, and so on: at
+        640 pixels each takes half a gigabyte in the decoder."""
+        for first in range(0, len(texts), at_once):
+            tokens = self.tokenize(texts[first:first + at_once]).to(pixels.device)
+            yield self(pixels, tokens, torch.zeros(len(tokens), dtype=torch.long, device=pixels.device))
 
     def save_pretrained(self, directory):
         """config.json and model.safetensors: what was trained, and tiny's CLIP (B's and L's is downloaded again)."""
@@ -481,7 +489,7 @@ class RISCLIP(nn.Module):
             config = replace(CONFIGS[saved["backbone"]], **{k: tuple(v) if isinstance(v, list) else v
                                                             for k, v in saved.items()} | changes)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{directory / 'config.json'} is not a RISCLIP config ({_one_line(error)})") from error
+            raise DataError(f"{directory / 'config.json'} is not a RISCLIP config ({one_line(error)[:160]})") from error
         state = read_safetensors(directory / "model.safetensors")
         stored = {k.removeprefix("clip."): state.pop(k) for k in list(state) if k.startswith("clip.")}
         model = cls(replace(config, clip="random") if stored else config)
@@ -539,7 +547,7 @@ def load_clip_state(clip, state):
         resize_pos_embed(state, clip)
         clip.load_state_dict(state)
     except (KeyError, IndexError, RuntimeError) as error:
-        raise DataError(f"not the weights of a tiny CLIP ({_one_line(error)}); see train.py --stage 0") from error
+        raise DataError(f"not the weights of a tiny CLIP ({one_line(error)[:160]}); see train.py --stage 0") from error
 
 
 def fingerprint(clip):
@@ -557,24 +565,21 @@ def read_safetensors(path):
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is broken ({_one_line(error)})") from error
+        raise DataError(f"{path} is broken ({one_line(error)[:160]})") from error
+
+
+def checkpoints(directory, stage=None):
+    """The checkpoints stageN-STEP in a run's --out (of stages 1 and 2, or of one), the oldest first."""
+    names = re.compile(rf"stage({'[12]' if stage is None else stage})-(\d+)")
+    found = [(names.fullmatch(path.name), path) for path in Path(directory).glob("stage*-*")]
+    return [path for _, path in sorted(((int(m[1]), int(m[2])), path) for m, path in found if m)]
 
 
 def find_checkpoint(directory, stage=None):
     """A checkpoint itself, or the newest one (of a stage) in a run's --out -> its directory, or None."""
-    directory = Path(directory)
-    if stage is None and (directory / "config.json").exists():
-        return directory
-    return max(directory.glob(f"stage{'[12]' if stage is None else stage}-??????"), default=None)
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; is this a checkpoint directory?") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is broken ({_one_line(error)})") from error
+    if stage is None and (Path(directory) / "config.json").exists():
+        return Path(directory)
+    return next(reversed(checkpoints(directory, stage)), None)
 
 
 def download(name):
@@ -583,4 +588,4 @@ def download(name):
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the hub fails in many ways
-        raise DataError(f"{name}: no such directory, and not on the Hugging Face Hub ({_one_line(error)})") from error
+        raise DataError(f"{name}: no such folder, and not on the Hugging Face Hub ({one_line(error)[:99]})") from error

@@ -144,9 +144,10 @@ def expressions(shapes, target, rng):
     found = {"attribute": [], "position": [], "relation": []}
     the = rng.choice(("the ", "the ", ""))
 
-    # attribute: two or three of its words together, and no fewer, single it out
+    # attribute: its words together single it out, and none of them alone
+    alone = [len(fits[d]) == 1 for d in ((me.size, None, None), (None, me.colour, None), (None, None, me.kind))]
     for d in descriptions:
-        if len(fits[d]) == 1 and sum(w is not None for w in d) > 1:
+        if len(fits[d]) == 1 and not any(word and one for word, one in zip(d, alone)):
             found["attribute"].append(the + _phrase(d, rng))
 
     # position: first, last or n-th of those it could be confused with
@@ -201,7 +202,7 @@ def _holds_for_one(shapes, candidates, target, relation, anchor):
 
 
 def _unique_name(shapes, i, rng):
-    """The fewest words that single out shape i, or None."""
+    """A few words that single out shape i, or None."""
     o = shapes[i]
     options = [(None, None, o.kind), (None, o.colour, None), (None, o.colour, o.kind), (o.size, None, o.kind),
                (o.size, o.colour, o.kind)]
@@ -250,6 +251,8 @@ def write_shapes(root, images, seed):
     root = Path(root)
     (root / "shapes").mkdir(parents=True, exist_ok=True)
     (root / "images" / "shapes").mkdir(parents=True, exist_ok=True)
+    whole = root / "shapes" / "instances.json"
+    whole.unlink(missing_ok=True)
     ends = np.cumsum([round(images * share) for share in SPLITS.values()])
     splits = [list(SPLITS)[min(int((i >= ends).sum()), len(SPLITS) - 1)] for i in range(images)]
     names = [f"{seed}_{i:06d}.png" for i in range(images)]
@@ -271,8 +274,9 @@ def write_shapes(root, images, seed):
     (root / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
     records = [{"id": i, "file_name": name, "width": SCENE, "height": SCENE} for i, name in enumerate(names)]
     categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
-    (root / "shapes" / "instances.json").write_text(
-        json.dumps({"images": records, "annotations": annotations, "categories": categories}))
+    aside = whole.with_suffix(".partial")
+    aside.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}))
+    aside.replace(whole)
 
 
 # ---- For the tiny CLIP ----------------------------------------------------------------------------------------------

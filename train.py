@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +32,20 @@ from tqdm import tqdm
 
 import data
 import kernels
-from data import DataError
+from data import DataError, read_json
 from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
-from risclip import CONFIGS, RISCLIP, TINY_CLIP, clip_state, find_checkpoint, image_layer, text_layer
-from shapes import Captioned, write_shapes
+from risclip import (
+    CONFIGS,
+    RISCLIP,
+    TINY_CLIP,
+    check_image_size,
+    checkpoints,
+    clip_state,
+    find_checkpoint,
+    image_layer,
+    text_layer,
+)
+from shapes import Captioned
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
@@ -144,72 +155,96 @@ def captioned_batches(tokenizer, settings, args, start):
 def fit(stage, net, loss_of, batches, steps, settings, args, save):
     """Trains what requires a gradient in `net`; resumes where the newest checkpoint of the stage in --out stopped.
 
-    `batches(start)` yields batches from that step on; `save(directory)` writes the weights.
+    `batches(start)` yields batches from that step on; `save(directory)` writes the weights. -> whether no more than 1 %
+    of the samples had to be skipped.
     """
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([  # what has one dimension (biases, norms, scalers, temperatures) does not decay
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 5e-3},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=settings["lr"])
-    run = {"stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset,
-           "modules": ",".join(args.modules), "accumulate": args.accumulate, **settings}
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([
+        {"params": [p for name, p in trained.items() if decays(name, p)], "weight_decay": 5e-3},
+        {"params": [p for name, p in trained.items() if not decays(name, p)], "weight_decay": 0.0}], lr=settings["lr"])
+    run = {**settings, "stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset,
+           "accumulate": args.accumulate}
     step, seen, skipped, bad = 0, 0, 0, 0
     if checkpoint := find_checkpoint(args.out, stage):
         step, seen, skipped = load_training_state(checkpoint, optimizer, net, run)
-    asked = []  # a signal to stop
-    handlers = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        if step == steps:
+            print(f"{checkpoint} is finished: nothing left to train in stage {stage}")
     net.train()
-    stream, clock, since, dirty = batches(step), time.time(), seen, False
-    with open(args.out / "log.jsonl", "a") as log, tqdm(total=steps, initial=step, desc=f"stage {stage}") as bar:
+    stream, clock, since, saved = batches(step), time.time(), seen, step
+    with (stop_signals() as asked, open(args.out / "log.jsonl", "a") as log,
+          tqdm(total=steps, initial=step, desc=f"stage {stage}") as bar):
         while step < steps and not asked:
             lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * (1 - step / steps) ** 0.9
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            total, messages = 0.0, []
+            total, count, sent_ids = 0.0, 0, []
+            statistics = [b.clone() for b in net.buffers()]
             for _ in range(args.accumulate):
                 batch = next(stream)
                 skipped += batch["lost"]
-                if len(batch["texts"]) == 0:
-                    continue
-                batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                loss = loss_of(net, batch) * len(batch["texts"]) / settings["batch_size"]
-                loss.backward()
-                total += loss.item()
-                seen += len(batch["texts"])
-                messages.append(batch.get("sent_ids"))
-            finite = math.isfinite(total) and all(p.grad is None or p.grad.isfinite().all() for p in trained)
+                if n := len(batch["texts"]):
+                    batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                    loss = loss_of(net, batch) * n
+                    loss.backward()
+                    total, count = total + loss.item(), count + n
+                    sent_ids += batch.get("sent_ids", [])
+            seen, gradients = seen + count, [p.grad for p in trained.values() if p.grad is not None]
+            for g in gradients:
+                g /= count  # the mean over the step's sentences, however many parts they came in
+            finite = math.isfinite(total) and all(g.isfinite().all() for g in gradients)
             if finite:
                 optimizer.step()
+            else:  # as if the step had not been: batch norm has seen what is not finite
+                for b, before in zip(net.buffers(), statistics):
+                    b.copy_(before)
             bad = 0 if finite else bad + 1
             optimizer.zero_grad()
-            step, dirty = step + 1, True
-            if step % 10 == 0 or step == steps or not finite:
-                now = time.time()
-                line = {"stage": stage, "step": step, "loss": total, "lr": lr,
+            step += 1
+            if count and (step % 10 == 0 or step == steps or not finite):
+                now, mean = time.time(), total / count
+                line = {"stage": stage, "step": step, "loss": mean, "lr": lr,
                         "samples_per_s": (seen - since) / (now - clock), "memory_gib": memory_gib(args.device)}
                 clock, since = now, seen
                 if not finite:
-                    line |= {"skipped_step": True, "sent_ids": messages}
+                    line |= {"skipped_step": True, "sent_ids": sent_ids}
                 print(json.dumps(line), file=log, flush=True)
-                bar.set_postfix(loss=f"{total:.3f}", lr=f"{lr:.1e}")
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}")
             bar.update()
             if bad == 5:
                 raise SystemExit(f"stage {stage} stopped at step {step}: the loss was not finite 5 times in a row; "
                                  f"the last good checkpoint is in {args.out}")
-            if step % settings["save_every"] == 0 or step == steps:
+            if step % settings["save_every"] == 0 or step == steps or asked:
                 save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
-                dirty = False
-    if dirty:
-        save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                saved = step
     if asked:
+        if saved != step:  # the signal came between two steps
+            save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
         print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + asked[0])
+    draw_curve(args.out)
     if skipped:
         print(f"{skipped} samples were skipped: image or mask missing or broken", file=sys.stderr)
-        if skipped > 0.01 * (seen + skipped):
-            raise SystemExit(f"more than 1 % of {seen + skipped} samples were skipped: see `python data.py check`")
-    draw_curve(args.out)
+    if skipped > 0.01 * (seen + skipped):
+        print(f"more than 1 % of {seen + skipped} samples were skipped: see `python data.py check`", file=sys.stderr)
+        return False
+    return True
+
+
+def decays(name, p):
+    """Weight decay is for matrices and filters: not for biases, norms, scalers and temperatures."""
+    return p.ndim > 1 and not name.endswith(("temperature", "scales"))
+
+
+@contextmanager
+def stop_signals():
+    """SIGTERM and Ctrl-C are noted in the list that this gives, and otherwise wait for the step to end."""
+    asked = []
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def memory_gib(device):
@@ -234,7 +269,7 @@ def save_checkpoint(out, stage, step, save, optimizer, net, run, seen, skipped):
     torch.save(state, aside / "training.pt")
     for path in (*aside.iterdir(), aside):
         data.sync(path)
-    previous = [p for p in out.glob(f"stage{stage}-*") if p != final]
+    previous = [p for p in checkpoints(out, stage) if p != final]
     if final.exists():
         shutil.rmtree(final)
     aside.rename(final)
@@ -247,7 +282,7 @@ def load_training_state(checkpoint, optimizer, net, run):
     """-> step, sentences seen and images skipped so far. Raises DataError if the run was started differently."""
     path = checkpoint / "training.pt"
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         before = json.loads(state["run"])
     except Exception as error:  # a broken file fails in many ways; weights_only lets none of them run
         raise DataError(f"{path} is broken ({type(error).__name__}); remove {checkpoint} to start anew") from error
@@ -265,8 +300,6 @@ def load_training_state(checkpoint, optimizer, net, run):
 
 def pretrain(args, settings):
     """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors."""
-    if find_checkpoint(args.out, 0) and not args.resume:
-        raise DataError(f"--out {args.out} holds a stage0-*: go on with --resume, or give another --out")
     torch.manual_seed(args.seed)
     clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
     clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
@@ -293,24 +326,47 @@ def sine_positions(height, width, channels):
     return torch.cat([f(p.reshape(-1, 1) * frequency) for p in (x, y) for f in (torch.sin, torch.cos)], dim=1)
 
 
+def check_run(args, stages):
+    """What can be told before anything is built, downloaded or written: raises DataError for a run that cannot be."""
+    for stage in stages:
+        newest = find_checkpoint(args.out, stage)
+        if newest and not args.resume:
+            raise DataError(f"--out {args.out} holds {newest.name}: go on with --resume, or give another --out")
+        if newest and stage and (backbone := read_json(newest / "config.json").get("backbone")) != args.backbone:
+            raise DataError(f"{newest} has the backbone {backbone}, not --backbone {args.backbone}")
+    if stages[0] == 2:
+        first = find_checkpoint(args.out, 1)
+        if first is None:
+            raise DataError(f"stage 2 needs stage 1, and --out {args.out} has no stage1-*: run --stage 1 first")
+        if (first / "training.pt").exists():
+            state = torch.load(first / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+            steps = json.loads(state["run"])["steps"]
+            if state["step"] < steps:
+                raise DataError(f"stage 1 in --out {args.out} stopped at step {state['step']} of {steps}: "
+                                "finish it with --stage 1 --resume")
+    config = CONFIGS[args.backbone]
+    check_image_size(config if args.image_size is None else replace(config, image_size=args.image_size))
+    if args.clip not in (None, "pretrained", "random") and not Path(args.clip).is_file():
+        raise DataError(f"--clip {args.clip}: no such file")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {args.device}: {data.one_line(error)[:120]}") from error
+
+
 def build_model(args, stage):
     """The model that a stage starts or goes on from: its own newest checkpoint, stage 1's (for stage 2) or CLIP."""
-    if checkpoint := find_checkpoint(args.out, stage):
-        if not args.resume:
-            raise DataError(f"--out {args.out} holds {checkpoint.name}: go on with --resume, or give another --out")
-        source = checkpoint
-    else:
-        source = find_checkpoint(args.out, 1) if stage == 2 else None
-        if stage == 2 and source is None:
-            raise DataError(f"stage 2 needs stage 1, and --out {args.out} has no stage1-*: run --stage 1 first")
+    asked = {k: v for k, v in (("image_size", args.image_size), ("modules", args.modules)) if v is not None}
+    clip = {} if args.clip is None else {"clip": args.clip}
+    source = find_checkpoint(args.out, stage) or (find_checkpoint(args.out, 1) if stage == 2 else None)
     if source is None:
-        config = CONFIGS[args.backbone]
-        model = RISCLIP(replace(config, clip=args.clip, modules=args.modules, precision=args.precision,
-                                image_size=args.image_size or config.image_size))
+        model = RISCLIP(replace(CONFIGS[args.backbone], precision=args.precision, **asked, **clip))
     else:
-        model = RISCLIP.from_pretrained(source, precision=args.precision)
-        if model.config.backbone != args.backbone:
-            raise DataError(f"{source} has the backbone {model.config.backbone}, not --backbone {args.backbone}")
+        model = RISCLIP.from_pretrained(source, precision=args.precision, **clip)
+        for name, value in asked.items():
+            if getattr(model.config, name) != value:
+                raise DataError(f"--{name.replace('_', '-')}: {source} was trained with {getattr(model.config, name)}, "
+                                f"not {value}")
     if stage == 1:
         model.requires_grad_(True).clip.requires_grad_(False)
     elif model.decoder is None:
@@ -321,45 +377,54 @@ def build_model(args, stage):
 
 
 def run_stage(args, stage, dataset):
-    """Trains stage 1 or 2 into --out -> the model."""
+    """Trains stage 1 or 2 into --out -> the model, and whether fit found it sound."""
     settings = stage_settings(args, stage)
     torch.manual_seed(args.seed)
     model = build_model(args, stage)
     per_epoch = len(data.plan_epoch(dataset, 0, args.seed, settings["batch_size"], settings["per_image"]))
     steps = settings["steps"] or settings["epochs"] * per_epoch
+    settings |= {"modules": list(model.config.modules), "image_size": model.config.image_size,
+                 "refs": len(dataset.refs)}
     loss_of = locator_loss if stage == 1 else refiner_loss
-    fit(stage, model, loss_of, lambda start: sample_batches(model, dataset, settings, args, start), steps, settings,
-        args, model.save_pretrained)
-    return model
+    sound = fit(stage, model, loss_of, lambda start: sample_batches(model, dataset, settings, args, start), steps,
+                settings, args, model.save_pretrained)
+    return model, sound
 
 
 def stage_settings(args, stage):
     """SETTINGS of the backbone and stage, with the flags that were given in their place."""
     settings = dict(SETTINGS[args.backbone, stage])
+    if args.dataset == "combined":
+        settings |= {"batch_size": {"B": 96, "L": 56}.get(args.backbone, settings["batch_size"])}  # Sec. A.1
     if args.epochs:
         settings |= {"epochs": args.epochs, "steps": None}
     given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr")}
     return settings | {k: v for k, v in given.items() if v is not None} | {"precision": args.precision}
 
 
-def report(args, model):
+def report(args, model, train, val, held_out):
     """Evaluation on scenes never trained on, for the miniature, or the val split -> metrics.json, samples.png."""
-    split = "test" if args.dataset == "shapes" else "val"
-    held_out, val = (data.RefCOCO(args.data_root, args.dataset, s) for s in (split, "val"))
     results, models = {}, {"trained map": model}
     if args.backbone == "tiny":
-        frozen = RISCLIP(replace(model.config, modules=(), decoder=False)).to(args.device)
+        frozen = RISCLIP(replace(model.config, modules=(), decoder=False, clip="random")).to(args.device)
+        frozen.clip = model.clip
         models = {"frozen CLIP's map": frozen, **models}
+    known = {image.file_name for image in train.images}.intersection(image.file_name for image in held_out.images)
+    if known:
+        print(f"warning: {len(known)} of the {len(held_out.images)} images evaluated on were trained on",
+              file=sys.stderr)
     for name, m in models.items():
         readouts = {f"{name}, upsampled": best_map_readout(m, val)}
         if m.decoder is not None:
             readouts["decoder's mask"] = MASK
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
-        results |= {row: measured[readout] | {"threshold": readout[1]} for row, readout in readouts.items()}
+        results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": len(known)}
+                    for row, readout in readouts.items()}
     data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
     save_picture(samples(model, held_out), args.out / "samples.png")
     first = next(iter(results.values()))
-    print(f"\n{args.dataset} {split}: {first['sentences']} sentences, {first['images']} images\n{table(results)}\n")
+    print(f"\n{args.dataset} {held_out.split}: {first['sentences']} sentences, {first['images']} images\n"
+          f"{table(results)}\n")
 
 
 def draw_curve(out, width=720, height=300):
@@ -402,8 +467,8 @@ def parse_args(argv=None):
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
-    parser.add_argument("--modules", default="adapter,cfe,ske", help="those of stage 1; 'none' leaves frozen CLIP")
-    parser.add_argument("--clip", default="pretrained", help="CLIP's weights: pretrained (default), random or a file")
+    parser.add_argument("--modules", help="those of stage 1 (default: adapter,cfe,ske); 'none' leaves frozen CLIP")
+    parser.add_argument("--clip", help="CLIP's weights: pretrained (default), random or a file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's; the refiner's is fp32")
     parser.add_argument("--workers", type=int, default=None, help="processes that read images")
@@ -411,39 +476,49 @@ def parse_args(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.backbone
-    args.modules = tuple(m for m in args.modules.split(",") if m and m != "none")
-    if unknown := set(args.modules) - {"adapter", "cfe", "ske"}:
-        parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
-    if args.stage == "0" and args.backbone != "tiny":
-        parser.error("--stage 0 makes the tiny CLIP: B and L have published weights")
-    for flag in ("epochs", "steps", "batch_size", "accumulate"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    if args.modules is not None:
+        args.modules = tuple(m for m in args.modules.split(",") if m and m != "none")
+        if unknown := set(args.modules) - {"adapter", "cfe", "ske"}:
+            parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
+    if args.stage == "0" and (args.backbone != "tiny" or args.epochs or args.accumulate > 1):
+        parser.error("--stage 0 makes the tiny CLIP: --backbone tiny, --steps instead of --epochs, no --accumulate")
+    for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("workers", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"--lr {args.lr}: give a number above 0")
     args.precision = args.precision or CONFIGS[args.backbone].precision
     args.workers = (0 if args.backbone == "tiny" else 4) if args.workers is None else args.workers
     return args
 
 
 def main(args):
+    stages = (1, 2) if args.stage == "all" else (int(args.stage),)
+    check_run(args, stages)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         data.check_writable(args.out)
     except OSError as error:
         raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
-    if args.stage == "0":
+    if stages == (0,):
         return pretrain(args, stage_settings(args, 0))
     if args.dataset == "shapes":
         print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
               "--dataset refcoco --data-root DATA")
         if not (Path(args.data_root) / "shapes" / "instances.json").exists():
-            write_shapes(args.data_root, SHAPES_IMAGES, seed=0)
-    dataset = data.RefCOCO(args.data_root, args.dataset, "train")
-    stages = (1, 2) if args.stage == "all" else (int(args.stage),)
+            data.make_shapes(args.data_root, SHAPES_IMAGES, seed=0)
+    splits = ["train", "val", "test" if args.dataset == "shapes" else "val"]
+    splits = splits[:1] if args.dataset == "combined" else splits  # the union of Table 2 has no val split
+    train, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split) for split in splits)
+    all_sound, written = True, "checkpoints, log.jsonl, curve.png"
     for stage in stages:
-        model = run_stage(args, stage, dataset)
-    if args.dataset != "combined":  # it has no val split of its own
-        report(args, model)
-    print(f"wrote {args.out}: checkpoints, log.jsonl, curve.png, metrics.json, samples.png")
+        model, sound = run_stage(args, stage, train)
+        all_sound &= sound
+    if evaluated:
+        report(args, model, train, *evaluated)
+        written += ", metrics.json, samples.png"
+    print(f"wrote {args.out}: {written}")
+    return 0 if all_sound else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 import os
+import tempfile
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads,
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp()  # nor finds what a user has downloaded
 
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -1,6 +1,8 @@
 """Metrics and protocols on examples worked out by hand."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import RefCOCO
+from data import DataError, RefCOCO
 from evaluate import RISMetrics, best_map_readout, letterbox, letterbox_box, masks_from_output
 from risclip import RISCLIP
 
@@ -102,6 +104,44 @@ def test_letterbox_keeps_the_aspect_and_centres():
     assert square.size == (16, 16) and (pixels[4:12] == 255).all() and (pixels[:4] < 200).all()
 
 
+class LeftHalf:
+    """A model whose mask is the left half of its 4 x 4 square; keeps what it was shown."""
+
+    config, map_threshold = SimpleNamespace(image_size=4), torch.zeros(())
+
+    def eval(self):
+        return self
+
+    def outputs(self, pixels, texts):
+        self.seen = pixels
+        yield scores([9.0, 9.0, -9.0, -9.0] * 4)
+
+
+@pytest.mark.parametrize("protocol, miou, p_at_half", [("original", 50, 100), ("lavt", 50, 100), ("cris", 50, 0)])
+def test_a_protocol_from_file_to_figure(tmp_path, protocol, miou, p_at_half):
+    """A white image of 8 x 4 whose left two columns are meant; the mask has four: IoU 1/2 in the image's pixels.
+    On lavt's square, ground truth by nearest neighbour is column 1 of 0-7, so one of four; the mask has two."""
+    Image.new("RGB", (8, 4), "white").save(tmp_path / "a.png")
+    Image.fromarray(np.arange(8)[None].repeat(4, 0) < 2).save(tmp_path / "m.png")
+    (tmp_path / "own.json").write_text(json.dumps([{"image": "a.png", "mask": "m.png", "sentences": ["left"]}]))
+    model = LeftHalf()
+    dataset = RefCOCO(tmp_path, str(tmp_path / "own.json"), "val")
+    result = evaluate.evaluate(model, dataset, protocol)[evaluate.MASK]
+    assert (result["mIoU"], result["P@0.5"], result["P@0.6"]) == (miou, p_at_half, 0)
+    white = (model.seen[0, 0] > 1.5)  # cris: two rows of the image between two of border
+    assert white.all(dim=1).tolist() == ([False, True, True, False] if protocol == "cris" else [True] * 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_an_evaluation_with_one_line(world, tiny, tmp_path, workers):
+    shutil.copytree(world, tmp_path / "world")
+    dataset = RefCOCO(tmp_path / "world", "shapes", "test")
+    dataset.path(2).write_bytes(b"no image")
+    with pytest.raises(DataError) as broken:
+        evaluate.evaluate(tiny, dataset, workers=workers)
+    assert dataset.path(2).name in str(broken.value) and "Traceback" not in str(broken.value)
+
+
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
     tiny.add_decoder()
@@ -133,7 +173,8 @@ def test_workers_do_not_change_the_figures(world, checkpoint):
 def test_the_maps_threshold_is_the_best_of_those_tried(world, tiny):
     dataset = RefCOCO(world, "shapes", "test")
     best = best_map_readout(tiny, dataset)
-    tried = evaluate.evaluate(tiny, dataset, readouts=tuple(("patch_logits", t) for t in (0.3, 0.5, 0.7)) + (best,))
+    some = tuple(("patch_logits", 1 / (1 + np.exp(-x))) for x in (-2, 0, 2))  # of the grid
+    tried = evaluate.evaluate(tiny, dataset, readouts=some + (best,))
     assert all(tried[best]["mIoU"] >= result["mIoU"] for result in tried.values())
 
 

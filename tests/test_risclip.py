@@ -18,7 +18,7 @@ SENTENCES = ["the small red circle", "square", "the blue star left of the large 
 
 def on_meta(backbone):
     with torch.device("meta"):
-        model = RISCLIP(CONFIGS[backbone])
+        model = RISCLIP(replace(CONFIGS[backbone], clip="random"))
         model.add_decoder()
     return model
 
@@ -62,6 +62,13 @@ def test_table_a1_holds_of_the_modules_themselves(backbone, expected):
         assert stream.ln_self.weight.shape == (e["shared"],)
     assert model.config.image_size == e["size"]
     assert len(model.decoder.blocks) == 4 and model.decoder.score.weight.shape[0] == 2
+
+
+@pytest.mark.parametrize("backbone", ["B", "L"])
+def test_scalers_start_where_table_a1_says(backbone):
+    config = CONFIGS[backbone]
+    assert (config.adapter_scale, config.cfe_scale, config.ske_scale) == (0.6, 0.5, 0.5)
+    assert config.precision == "bf16" and config.modules == ("adapter", "cfe", "ske")
 
 
 def test_initial_values_are_those_of_table_a1_and_appendix_a1():
@@ -197,8 +204,9 @@ def test_another_image_size_resizes_the_position_embeddings():
     torch.testing.assert_close(new[1:], grid.flatten(2)[0].T.half().float())
     model = RISCLIP(replace(CONFIGS["tiny"], image_size=128))
     assert model(torch.randn(1, 3, 128, 128), model.tokenize(["a"]))["patch_logits"].shape == (1, 16, 16)
-    with pytest.raises(DataError, match="--image-size 100: give a multiple of the patch size 8"):
-        RISCLIP(replace(CONFIGS["tiny"], image_size=100))
+    for backbone, size, patch in (("tiny", 100, 8), ("tiny", 0, 8), ("B", 100, 16), ("L", -14, 14)):  # no download yet
+        with pytest.raises(DataError, match=f"--image-size {size}: give a multiple of the patch size {patch}"):
+            RISCLIP(replace(CONFIGS[backbone], image_size=size))
 
 
 @torch.no_grad()
