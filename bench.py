@@ -46,6 +46,14 @@ def adapter_inputs(N, D, H, device):
     return [t.requires_grad_() for t in inputs]
 
 
+def training_launches():
+    """What the Adapters launch in training, under autocast in bf16: scale stays in fp32, and so does much of x."""
+    for shape in ADAPTERS.values():
+        x, *weights, scale = adapter_inputs(*shape, device="meta")
+        for stream in (torch.bfloat16, torch.float32):
+            yield from count_fused("adapter", [x.to(stream), *weights, scale.float()])[1].launches
+
+
 def loss_inputs(*shape, device):
     """float32 logits with gradient, bool target."""
     return [torch.randn(shape, device=device).requires_grad_(), torch.randn(shape, device=device) > 0]
@@ -148,7 +156,8 @@ def source(kernel, arguments):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            specialized = isinstance(value, int) and not kernel.params[i].do_not_specialize
+            if isinstance(value, torch.Tensor) or specialized and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]  # allows loads of 16 bytes; torch aligns its tensors
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -165,7 +174,9 @@ def compile_launch(kernel, arguments, options, capability):
     log, ptx = log.getvalue(), compiled.asm["ptx"]
     registers, stored, loaded = (int(re.search(pattern, log)[1]) for pattern in (
         r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"))
-    return dict(kernel=kernel.__name__, capability=capability, registers=registers, spilled=stored + loaded,
+    wide = [name.removesuffix("_ptr") for name in ("x_ptr", "dy_ptr", "a_ptr", "b_ptr")
+            if name in arguments and arguments[name].dtype == torch.float32]
+    return dict(kernel=kernel.__name__, float32=wide, capability=capability, registers=registers, spilled=stored + loaded,
                 shared=compiled.metadata.shared,
                 tensor_core=sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma(?=\.)", ptx))))
 
@@ -174,7 +185,7 @@ def compile_all(launches, capabilities):
     """compile_launch of every launch that is not compiled to the same as one before: the same but for sizes."""
     different = {(kernel.__name__, source(kernel, arguments).hash()): (kernel, arguments, options)
                  for kernel, arguments, options in launches}
-    return [compile_launch(*launch, capability) for launch in different.values() for capability in capabilities]
+    return [compile_launch(*launch, capability) for capability in capabilities for launch in different.values()]
 
 
 # ---- times, where there is a GPU ------------------------------------------------------------------------------------
@@ -207,10 +218,11 @@ def table(rows):
 
 
 def resource_rows(compiled):
-    """One row for each kernel: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
+    """One row for each kernel and dtype of its inputs: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
     rows = {}
     for c in compiled:
-        row = rows.setdefault(c["kernel"], {"kernel": f"`{c['kernel']}`"})
+        title = f"`{c['kernel']}`" + (f", {' '.join(c['float32'])} in fp32" if c["float32"] else "")
+        row = rows.setdefault(title, {"kernel": title})
         row[f"sm_{c['capability']} ({ARCHITECTURES[c['capability']]})"] = (
             f"{c['registers']} / {c['spilled']} / {c['shared'] / 1024:.0f} {' '.join(c['tensor_core'])}")
     return list(rows.values())
@@ -237,8 +249,8 @@ def kernels_command(args):
                 row["measured ms, fused / eager / torch.compile"] = (
                     " / ".join(f"{t:.3f}" for t in times) if work != "forward" else "")
             rows.append(row)
-        launches += ours.launches
-    compiled = compile_all(launches, ARCHITECTURES)
+        launches += ours.launches if name == "dice_focal" else []
+    compiled = compile_all([*training_launches(), *launches], ARCHITECTURES)
     print("Registers a thread / spilled bytes / shared KiB a block, tensor-core instruction, compiled ahead of time:\n")
     print(table(resource_rows(compiled)), end="\n\n")
     print("Bytes moved (counted; Adapters in bf16, logits in fp32) and roofline (estimated from data sheets), "

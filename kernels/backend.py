@@ -15,7 +15,7 @@ try:
     import triton.language as tl
     INSTALLED = True
 except ImportError:  # no wheels for macOS or Windows: the files still import, and plain torch runs
-    triton = SimpleNamespace(jit=lambda function: None)
+    triton = SimpleNamespace(jit=lambda function=None, **options: lambda kernel: None)
     tl = SimpleNamespace(constexpr=None)
     INSTALLED = False
 

@@ -188,8 +188,8 @@ def mutants(name):
     source = (ROOT / "kernels" / f"{name}.py").read_text()
     lines, functions = source.splitlines(keepends=True), {}
     for node in ast.parse(source).body:
-        decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-        if decorators == ["triton.jit"] or getattr(node, "name", None) in ("forward", "backward", "_grid"):
+        jitted = any(ast.unparse(d).startswith("triton.jit") for d in getattr(node, "decorator_list", []))
+        if jitted or getattr(node, "name", None) in ("forward", "backward", "_grid"):
             first = node.body[isinstance(node.body[0], ast.Expr)]  # after the docstring
             functions |= dict.fromkeys(range(first.lineno, node.end_lineno + 1), node.name)
 
