@@ -276,17 +276,27 @@ def test_triton_runs_where_it_is_asked_for_and_torch_elsewhere():
     assert [launch.kernel for launch in launches] == SIX
 
 
-def test_a_gpu_gets_triton_unless_it_is_float64_or_not_installed(monkeypatch):
+def test_a_gpu_gets_triton_unless_it_is_too_old_or_float64_or_triton_is_missing(monkeypatch):
     """No GPU here: something that says of itself what a CUDA tensor does."""
     def tensor(is_cuda, dtype):
-        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device="a device")
 
+    capability = mock.Mock(return_value=(8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     assert use_triton(tensor(True, torch.bfloat16)) and not use_triton(tensor(True, torch.float64))
     assert not use_triton(tensor(False, torch.bfloat16))
     with force("triton"):
-        assert use_triton(tensor(False, torch.float64))
+        assert use_triton(tensor(False, torch.float64))  # in the interpreter
     with force("torch"):
         assert not use_triton(tensor(True, torch.bfloat16))
+    capability.return_value = (7, 5)
+    assert not use_triton(tensor(True, torch.float16))
+    capability.assert_called_with("a device")
+    with force("triton"):
+        assert use_triton(tensor(True, torch.float16))  # who asks for it, gets it
+    with mock.patch.object(torch.version, "hip", "6.4"):
+        assert use_triton(tensor(True, torch.float16))
+    capability.return_value = (9, 0)
     monkeypatch.setattr(kernels.backend, "INSTALLED", False)
     assert not use_triton(tensor(True, torch.bfloat16))
 
@@ -412,13 +422,23 @@ def test_the_environment_switches_and_a_typing_error_in_it_is_told():
     assert "RISCLIP_KERNELS must be triton or torch" in python("import kernels", RISCLIP_KERNELS="tritn").stderr
 
 
-def test_without_triton_plain_torch_runs():
-    code = """
-import sys
-sys.modules["triton"] = None  # import triton raises ImportError
+ONES = """
 import torch, kernels
 x, w = torch.ones(2, 3), torch.ones(3, 3)
 print(kernels.adapter(x, w, w[0], w, w[0], w[0]).sum().item(), kernels.dice_focal(x, x > 0).item() > 0)
 """
-    done = python(code)
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None" + ONES  # import triton raises ImportError
+
+
+def test_without_triton_plain_torch_runs():
+    done = python(WITHOUT_TRITON)
     assert done.stdout == "84.0 True\n", done.stderr
+
+
+@pytest.mark.parametrize("code, interpret, message", [
+    (WITHOUT_TRITON, "1", "ImportError: RISCLIP_KERNELS=triton, but Triton is not installed: "),
+    (ONES, "0", "RuntimeError: RISCLIP_KERNELS=triton, but a tensor is on cpu: "),
+])
+def test_triton_asked_for_where_it_cannot_run_is_said_in_a_sentence(code, interpret, message):
+    done = python(code, RISCLIP_KERNELS="triton", TRITON_INTERPRET=interpret)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(message), done.stderr
