@@ -4,8 +4,9 @@ x is (..., D), the bottleneck H. w_down (H, D), b_down (H,), w_up (D, H), b_up (
 number of rows, the product of x's leading dimensions: 32 images of 1601 tokens make N = 51,232 at D = 896, H = 448.
 
 Why fuse. The products are narrow, so memory decides. Eager PyTorch writes every intermediate (two linear layers, relu,
-times scale, plus x) and reads it again: 828 MB forward in bf16 at the shape above. Here bias and relu are applied while
-the product is still in registers, and so are scale and residual: x read, h written; h and x read, y written: 369 MB.
+times scale, plus x) and reads it again: 828 MB forward at the shape above, x in bf16. Here bias and relu are applied
+while the product is still in registers, and so are scale and residual: x read, h written, h and x read, y written, in
+all 369 MB.
 
     forward    1. h = relu(x w_down^T + b_down)                     reads x, writes h
                2. y = x + scale * (h w_up^T + b_up)                 reads h and x, writes y
@@ -17,7 +18,7 @@ the product is still in registers, and so are scale and residual: x read, h writ
 Backward needs x and h and nothing else: with z = h w_up^T + b_up, the derivatives for w_up, b_up and scale are
 dw_up = scale * G (by rows), db_up = scale * sum(dy), dscale = sum(dy * z) = rowsum(w_up * G) + b_up * sum(dy), so that
 z, which eager PyTorch must keep (92 MB a layer), is never needed. sum(dy) and db_down = sum(dpre) are taken in steps 4
-and 3 from tiles that are in registers anyway. 2484 MB forward and backward in eager become 1141 MB.
+and 3 from tiles that are in registers anyway. 2484 MB forward and backward in eager become 1141 MB, x in bf16.
 
 Dtypes. Outside autocast all six tensors have one dtype. Under autocast weights and biases are cast to autocast's dtype,
 the matrix products run in it, and gradients flow back through the cast, as autocast does it for torch.nn.Linear. x, the
@@ -31,9 +32,8 @@ Values, gradients and memory accesses are tested in Triton's interpreter on a CP
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import FLOATING, tl, triton, use_triton
 
-FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 def adapter_reference(x, w_down, b_down, w_up, b_up, scale):
     """The Adapter in plain torch. Shapes and dtypes as in `adapter`."""
@@ -71,6 +71,10 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 # A Triton kernel is the program of one tile of the output. It is launched on a grid of programs, tl.program_id says
 # which one it is, and its "tensors" are blocks of known size spread over the threads of one processor of the GPU.
+# pointer + offsets is a block of addresses, which tl.load and tl.store access all at once. A block's sizes are powers of
+# two, fixed when compiling (tl.constexpr), so a mask must leave out what lies past an edge. A jitted function that
+# another calls becomes a part of it. What does not fit into a thread's registers spills into memory, which is slow.
+# ACC is the dtype of sums (float32), DOT that of the numbers multiplied, which decides whether tensor cores run.
 #
 # 128 x 128 outputs for a tile: each element loaded is then used 128 times, enough to keep tensor cores busy, and the
 # float32 sums take 64 registers of each of 256 threads (8 warps), a quarter of the 255 that a thread may have; the rest

@@ -28,7 +28,9 @@ if BACKEND not in ("auto", "triton", "torch"):
 if BACKEND == "triton" and not INSTALLED:
     raise ImportError("RISCLIP_KERNELS=triton, but Triton is not installed: install it (Linux only) or unset this")
 
-__all__ = ["triton", "tl", "use_triton"]
+FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64  # what either path computes with
+
+__all__ = ["FLOATING", "tl", "triton", "use_triton"]
 
 
 def use_triton(tensor):
