@@ -17,16 +17,18 @@ import importlib
 import io
 import json
 import math
-import os
 import re
+import sys
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+import data
 import kernels
+from data import DataError
+from kernels import backend
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}  # CUDA compute capability (sm_80 ...) and a card that has it
 # Bytes and bf16 operations a second, from NVIDIA's data sheets (SXM, 80 GB, without sparsity).
@@ -46,6 +48,14 @@ def adapter_inputs(N, D, H, device):
     return [t.requires_grad_() for t in inputs]
 
 
+def training_launches():
+    """What the Adapters launch in training, under autocast in bf16: scale stays in fp32, and so does much of x."""
+    for shape in ADAPTERS.values():
+        x, *weights, scale = adapter_inputs(*shape, device="meta")
+        for stream in (torch.bfloat16, torch.float32):
+            yield from count_fused("adapter", [x.to(stream), *weights, scale.float()])[1].launches
+
+
 def loss_inputs(*shape, device):
     """float32 logits with gradient, bool target."""
     return [torch.randn(shape, device=device).requires_grad_(), torch.randn(shape, device=device) > 0]
@@ -63,7 +73,10 @@ class Operations(TorchDispatchMode):
     """Notes the bytes and the arithmetic of every torch operator and every Triton launch; launches do not run."""
 
     def __init__(self):
+        from torch.utils.flop_counter import flop_registry  # warns where Triton is missing
+
         super().__init__()
+        self.flops = flop_registry
         self.costs, self.launches = [], []  # (bytes, operations), (kernel, arguments by name, compiler options)
 
     def __enter__(self):
@@ -80,7 +93,7 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         if not op.is_view and "empty" not in op.name():
-            count = flop_registry.get(op.overloadpacket)
+            count = self.flops.get(op.overloadpacket)
             self.note((args, kwargs, out), count(*args, **kwargs, out_val=out) if count else 0)
         return out
 
@@ -148,7 +161,8 @@ def source(kernel, arguments):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            specialized = isinstance(value, int) and not kernel.params[i].do_not_specialize
+            if isinstance(value, torch.Tensor) or specialized and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]  # allows loads of 16 bytes; torch aligns its tensors
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -165,8 +179,10 @@ def compile_launch(kernel, arguments, options, capability):
     log, ptx = log.getvalue(), compiled.asm["ptx"]
     registers, stored, loaded = (int(re.search(pattern, log)[1]) for pattern in (
         r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"))
-    return dict(kernel=kernel.__name__, capability=capability, registers=registers, spilled=stored + loaded,
-                shared=compiled.metadata.shared,
+    wide = [name.removesuffix("_ptr") for name in ("x_ptr", "dy_ptr", "a_ptr", "b_ptr")
+            if name in arguments and arguments[name].dtype == torch.float32]
+    return dict(kernel=kernel.__name__, float32=wide, capability=capability, registers=registers,
+                spilled=stored + loaded, shared=compiled.metadata.shared,
                 tensor_core=sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma(?=\.)", ptx))))
 
 
@@ -174,28 +190,36 @@ def compile_all(launches, capabilities):
     """compile_launch of every launch that is not compiled to the same as one before: the same but for sizes."""
     different = {(kernel.__name__, source(kernel, arguments).hash()): (kernel, arguments, options)
                  for kernel, arguments, options in launches}
-    return [compile_launch(*launch, capability) for launch in different.values() for capability in capabilities]
+    return [compile_launch(*launch, capability) for capability in capabilities for launch in different.values()]
 
 
 # ---- times, where there is a GPU ------------------------------------------------------------------------------------
 
-def check(fused, reference, inputs, dy):
-    """Stops unless the error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
+def check(name, function, reference, inputs, dy):
+    """Stops unless the function's error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
     exact = gradients(reference, [t.detach().double().requires_grad_() if t.requires_grad else t for t in inputs],
                       dy.double())
-    for a, b, truth in zip(gradients(fused, inputs, dy), gradients(reference, inputs, dy), exact, strict=True):
+    for a, b, truth in zip(gradients(function, inputs, dy), gradients(reference, inputs, dy), exact, strict=True):
         ours, eager, size = (t.square().mean().sqrt().item() for t in (a - truth, b - truth, truth))
         if not ours <= max(1.5 * eager, 1e-6 * size):
-            raise SystemExit(f"the kernels are wrong here: error {ours:.2e}, eager {eager:.2e}, size {size:.2e}")
+            raise SystemExit(f"{name} is wrong here: error {ours:.2e}, eager {eager:.2e}, size {size:.2e}")
 
 
 def measure(fused, reference, inputs):
-    """Milliseconds of forward and backward: fused, eager, torch.compile."""
+    """Milliseconds of fused, eager and torch.compile: forward alone, forward and backward."""
     from triton.testing import do_bench
 
-    dy = torch.randn_like(reference(*inputs))
-    check(fused, reference, inputs, dy)
-    return [do_bench(lambda f=f: gradients(f, inputs, dy)) for f in (fused, reference, torch.compile(reference))]
+    def forward(function):
+        with torch.no_grad():
+            return function(*inputs)
+
+    torch.compiler.reset()  # one shape's graph does not count as the next one's failure
+    compiled, dy = torch.compile(reference, dynamic=False), torch.randn_like(reference(*inputs))
+    check("fused", fused, reference, inputs, dy)
+    check("torch.compile", compiled, reference, inputs, dy)
+    paths = fused, reference, compiled
+    return ([do_bench(lambda f=f: forward(f)) for f in paths],
+            [do_bench(lambda f=f: gradients(f, inputs, dy)) for f in paths])
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -207,10 +231,11 @@ def table(rows):
 
 
 def resource_rows(compiled):
-    """One row for each kernel: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
+    """One row for each kernel and dtype: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
     rows = {}
     for c in compiled:
-        row = rows.setdefault(c["kernel"], {"kernel": f"`{c['kernel']}`"})
+        title = f"`{c['kernel']}`" + (f", {' '.join(c['float32'])} in fp32" if c["float32"] else "")
+        row = rows.setdefault(title, {"kernel": title})
         row[f"sm_{c['capability']} ({ARCHITECTURES[c['capability']]})"] = (
             f"{c['registers']} / {c['spilled']} / {c['shared'] / 1024:.0f} {' '.join(c['tensor_core'])}")
     return list(rows.values())
@@ -218,31 +243,35 @@ def resource_rows(compiled):
 
 def kernels_command(args):
     """Compiles, counts, and with a GPU times. Returns what --json holds."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 has kernels interpreted; to compile them, unset it")
+    if not backend.INSTALLED:
+        raise DataError("Triton is not installed, so there is nothing to compile: install it (Linux only)")
+    if backend.INTERPRETED:
+        raise DataError("TRITON_INTERPRET=1 has kernels interpreted; to compile them, unset it")
+    if backend.BACKEND == "torch":
+        raise DataError("RISCLIP_KERNELS=torch has the kernels replaced by plain torch; to compare both, unset it")
+    gpu = torch.cuda.is_available() and backend.use_triton(torch.empty(0, device="cuda"))
     names = ["adapter"] * len(ADAPTERS) + ["dice_focal"] * len(LOSSES)
     launches, rows = [], []
     for name, (title, shape) in zip(names, (ADAPTERS | LOSSES).items(), strict=True):
         make = adapter_inputs if name == "adapter" else loss_inputs
         fused, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
         inputs = make(*shape, device="meta")
-        times = measure(fused, reference, make(*shape, device="cuda")) if torch.cuda.is_available() else []
-        for work, ours, eager in zip(("forward", "forward + backward"), count_fused(name, inputs),
-                                     count_eager(reference, inputs), strict=True):
+        times = measure(fused, reference, make(*shape, device="cuda")) if gpu else [None, None]
+        for work, ours, eager, ms in zip(("forward", "forward + backward"), count_fused(name, inputs),
+                                         count_eager(reference, inputs), times, strict=True):
             row = {"": f"{title} {'x'.join(map(str, shape))}", "pass": work, "fused MB": f"{ours.megabytes():.1f}",
                    "eager MB": f"{eager.megabytes():.1f}"}
-            for gpu in PEAKS:
-                row[f"{gpu} us, fused / eager (estimate)"] = f"{ours.roofline(gpu):.1f} / {eager.roofline(gpu):.1f}"
-            if times:
-                row["measured ms, fused / eager / torch.compile"] = (
-                    " / ".join(f"{t:.3f}" for t in times) if work != "forward" else "")
+            for card in PEAKS:
+                row[f"{card} us, fused / eager (estimate)"] = f"{ours.roofline(card):.1f} / {eager.roofline(card):.1f}"
+            if ms:
+                row["measured ms, fused / eager / torch.compile"] = " / ".join(f"{t:.3f}" for t in ms)
             rows.append(row)
-        launches += ours.launches
-    compiled = compile_all(launches, ARCHITECTURES)
+        launches += ours.launches if name == "dice_focal" else []
+    compiled = compile_all([*training_launches(), *launches], ARCHITECTURES)
     print("Registers a thread / spilled bytes / shared KiB a block, tensor-core instruction, compiled ahead of time:\n")
     print(table(resource_rows(compiled)), end="\n\n")
     print("Bytes moved (counted; Adapters in bf16, logits in fp32) and roofline (estimated from data sheets), "
-          + (f"times on {torch.cuda.get_device_name()}:\n" if torch.cuda.is_available() else "no GPU, no times:\n"))
+          + (f"times on {torch.cuda.get_device_name()}:\n" if gpu else "no GPU that the kernels run on, no times:\n"))
     print(table(rows))
     return dict(compiled=compiled, traffic=rows)
 
@@ -259,11 +288,9 @@ def parse_args(argv=None):
 def main(args):
     result = args.run(args)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1, default=str)
+        data.write_text(args.json, json.dumps(result, indent=1, default=str))
         print(f"\nwrote {args.json}")
-    return result
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(data.run(main, parse_args()))

@@ -4,8 +4,9 @@ x is (..., D), the bottleneck H. w_down (H, D), b_down (H,), w_up (D, H), b_up (
 number of rows, the product of x's leading dimensions: 32 images of 1601 tokens make N = 51,232 at D = 896, H = 448.
 
 Why fuse. The products are narrow, so memory decides. Eager PyTorch writes every intermediate (two linear layers, relu,
-times scale, plus x) and reads it again: 828 MB forward in bf16 at the shape above. Here bias and relu are applied while
-the product is still in registers, and so are scale and residual: x read, h written; h and x read, y written: 369 MB.
+times scale, plus x) and reads it again: 828 MB forward at the shape above, x in bf16. Here bias and relu are applied
+while the product is still in registers, and so are scale and residual: x read, h written, h and x read, y written, in
+all 369 MB.
 
     forward    1. h = relu(x w_down^T + b_down)                     reads x, writes h
                2. y = x + scale * (h w_up^T + b_up)                 reads h and x, writes y
@@ -17,11 +18,11 @@ the product is still in registers, and so are scale and residual: x read, h writ
 Backward needs x and h and nothing else: with z = h w_up^T + b_up, the derivatives for w_up, b_up and scale are
 dw_up = scale * G (by rows), db_up = scale * sum(dy), dscale = sum(dy * z) = rowsum(w_up * G) + b_up * sum(dy), so that
 z, which eager PyTorch must keep (92 MB a layer), is never needed. sum(dy) and db_down = sum(dpre) are taken in steps 4
-and 3 from tiles that are in registers anyway. 2484 MB forward and backward in eager become 1141 MB.
+and 3 from tiles that are in registers anyway. 2484 MB forward and backward in eager become 1141 MB, x in bf16.
 
-Dtypes. Outside autocast all six tensors have one dtype. Under autocast the parameters are cast to autocast's dtype, the
-matrix products run in it, and gradients flow back through the cast; x, the residual stream, keeps its own dtype, and
-so does y. That is what autocast does to torch.nn.Linear. Sums are in float32 (float64 for float64).
+Dtypes. Outside autocast all six tensors have one dtype. Under autocast weights and biases are cast to autocast's dtype,
+the matrix products run in it, and gradients flow back through the cast, as autocast does it for torch.nn.Linear. x, the
+residual stream, keeps its own dtype, which is y's too, and so does scale. Sums are in float32 (float64 for float64).
 
 Compiled ahead of time in bf16, fp16 and fp32 for NVIDIA sm_80 (A100), sm_90 (H100) and sm_100 (B200), and in bf16 for
 sm_86, sm_89 and sm_120 (RTX) and AMD's gfx942 and gfx950 (MI300, MI350): nothing spills but 2 registers on gfx942.
@@ -31,7 +32,7 @@ Values, gradients and memory accesses are tested in Triton's interpreter on a CP
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import FLOATING, tl, triton, use_triton
 
 
 def adapter_reference(x, w_down, b_down, w_up, b_up, scale):
@@ -46,9 +47,10 @@ def _reference(x, w_down, b_down, w_up, b_up, scale):
 
 
 def _checked(x, w_down, b_down, w_up, b_up, scale):
-    """The parameters in the dtype of the products; a ValueError if anything does not fit x."""
-    if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(f"x must be floating point of shape (..., D), got {x.dtype} of shape {tuple(x.shape)}")
+    """The parameters, cast as autocast does; a ValueError if anything does not fit x."""
+    if x.dtype not in FLOATING or x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be floating point (16 to 64 bits) of shape (..., D) with D > 0, got {x.dtype} of "
+                         f"shape {tuple(x.shape)}")
     D, H = x.shape[-1], w_down.shape[0] if w_down.dim() else 0
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -61,14 +63,18 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
         asked = f"x is {x.dtype} of shape {tuple(x.shape)} on {x.device}"
         if p.shape != needed[name]:
             raise ValueError(f"{got}, but shape {needed[name]} is needed: {asked}, w_down of {tuple(w_down.shape)}")
-        if p.device != x.device or not p.is_floating_point() or (p.dtype != dtype and not autocast):
+        if p.device != x.device or p.dtype not in FLOATING or (p.dtype != dtype and not autocast):
             raise ValueError(f"{got}, but {asked}: device and dtype must agree (autocast casts floating point)")
-    return [p.to(dtype) for p in parameters.values()]
+    return [*(p.to(dtype) for p in (w_down, b_down, w_up, b_up)), scale]  # scale is no operand of a matrix product
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 # A Triton kernel is the program of one tile of the output. It is launched on a grid of programs, tl.program_id says
 # which one it is, and its "tensors" are blocks of known size spread over the threads of one processor of the GPU.
+# pointer + offsets is a block of addresses, which tl.load and tl.store access all at once. A block's sizes are powers of
+# two, fixed when compiling (tl.constexpr), so a mask must leave out what lies past an edge. A jitted function that
+# another calls becomes a part of it. What does not fit into a thread's registers spills into memory, which is slow.
+# ACC is the dtype of sums (float32), DOT that of the numbers multiplied, which decides whether tensor cores run.
 #
 # 128 x 128 outputs for a tile: each element loaded is then used 128 times, enough to keep tensor cores busy, and the
 # float32 sums take 64 registers of each of 256 threads (8 warps), a quarter of the 255 that a thread may have; the rest
@@ -76,8 +82,9 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
 BLOCK_M, BLOCK_N = 128, 128
 # The sum over k goes in steps of 64 numbers of 2 bytes: a cache line (128 bytes) of each row. Three steps are in flight
 # at once (num_stages): 3 * 2 tiles of 128 * 128 bytes are 96 KB of the 163 KB (A100) or 227 KB (H100, B200) there are.
-# float32 does without tensor cores, which would round it to tf32, and steps longer than 16 would spill registers.
-BLOCK_K = {2: 64, 4: 16, 8: 16}  # by the bytes of a number
+# Under autocast one operand may be a float32 stream, and 32 of its numbers are a cache line. Where both are float32,
+# tensor cores, which would round to tf32, are not used, and steps longer than 16 would spill registers.
+BLOCK_K = {(2, 2): 64, (2, 4): 32, (4, 4): 16, (8, 8): 16}  # by the bytes of a number in weight (or like) and stream
 # Weight gradients sum over all N rows and have few tiles (28 for B): too few for a GPU of 108 to 148 processors, so the
 # rows are cut into parts and each part summed by programs of its own: 9 parts of 51,232 rows make 252 programs for B.
 # The partial sums are added in a fixed order at the end, never atomically, so that the same input gives the same
@@ -124,7 +131,7 @@ def _product(a_ptr, b_ptr, rows, cols, row_ok, col_ok, first, last, a_row, a_k, 
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _down_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, N, D, H, DOT: tl.constexpr, ACC: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """1. h = relu(x w_down^T + b_down). x is loaded cdiv(H, BLOCK_N) times, w_down cdiv(N, BLOCK_M) times."""
@@ -135,7 +142,7 @@ def _down_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, N, D, H, DOT: tl.constexpr, ACC:
     tl.store(h_ptr + rows[:, None] * H + cols[None, :], h.to(h_ptr.dtype.element_ty), mask=row_ok & col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _up_kernel(h_ptr, w_ptr, bias_ptr, scale_ptr, x_ptr, y_ptr, N, D, H, DOT: tl.constexpr, ACC: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """2. y = x + scale * (h w_up^T + b_up). h is loaded cdiv(D, BLOCK_N) times, w_up cdiv(N, BLOCK_M), x once."""
@@ -148,7 +155,7 @@ def _up_kernel(h_ptr, w_ptr, bias_ptr, scale_ptr, x_ptr, y_ptr, N, D, H, DOT: tl
     tl.store(y_ptr + here, (x + scale * z).to(y_ptr.dtype.element_ty), mask=row_ok & col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _dpre_kernel(dy_ptr, scale_ptr, w_ptr, h_ptr, dpre_ptr, sum_ptr, N, D, H, DOT: tl.constexpr, ACC: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """3. dpre = (h > 0) * ((dy * scale) w_up), and its column sums, one row of sum_ptr for each row of tiles.
@@ -159,13 +166,13 @@ def _dpre_kernel(dy_ptr, scale_ptr, w_ptr, h_ptr, dpre_ptr, sum_ptr, N, D, H, DO
     dh = _product(dy_ptr, w_ptr, rows, cols, row_ok, col_ok, 0, D, D, 1, H, 1, DOT, ACC, BLOCK_K, scale_ptr)
     here = rows[:, None] * H + cols[None, :]
     h = tl.load(h_ptr + here, mask=row_ok & col_ok)
-    dpre = tl.where(h > 0, dh, 0.0)
+    dpre = tl.where(h <= 0, 0.0, dh)  # as torch's relu where h is NaN
     tl.store(dpre_ptr + here, dpre.to(dpre_ptr.dtype.element_ty), mask=row_ok & col_ok)
     sums = tl.sum(dpre, axis=0)[None, :]
     tl.store(sum_ptr + tl.program_id(0) // tl.cdiv(H, BLOCK_N) * H + cols[None, :], sums, mask=col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _dx_kernel(dpre_ptr, w_ptr, dy_ptr, dx_ptr, sum_ptr, N, D, H, DOT: tl.constexpr, ACC: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """4. dx = dy + dpre w_down, and the column sums of dy, one row of sum_ptr for each row of tiles.
@@ -181,7 +188,7 @@ def _dx_kernel(dpre_ptr, w_ptr, dy_ptr, dx_ptr, sum_ptr, N, D, H, DOT: tl.conste
     tl.store(sum_ptr + tl.program_id(0) // tl.cdiv(D, BLOCK_N) * D + cols[None, :], sums, mask=col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _weight_kernel(a_ptr, b_ptr, part_ptr, N, P, Q, ROWS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """5. and 6. A^T B for A (N, P), B (N, Q): part (parts, P, Q) holds the sum over each ROWS rows.
@@ -197,11 +204,14 @@ def _weight_kernel(a_ptr, b_ptr, part_ptr, N, P, Q, ROWS: tl.constexpr, DOT: tl.
 
 # ---- launching them -------------------------------------------------------------------------------------------------
 
-def _options(weight):
-    """What every launch is told: dtypes of products and sums, tile, warps of 32 threads, steps in flight."""
+def _options(weight, stream):
+    """What a launch is told: dtypes of products and sums, tile, warps of 32 threads, steps in flight.
+
+    The products are of `weight`, or what is in its dtype (h, dpre), and `stream`, which autocast may leave in float32.
+    """
     return dict(DOT=getattr(tl, str(weight.dtype).removeprefix("torch.")),
                 ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
-                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[weight.element_size()],
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[weight.element_size(), stream.element_size()],
                 num_warps=8, num_stages=3)
 
 
@@ -213,31 +223,32 @@ def _grid(rows, cols, *parts):
 def forward(x, w_down, b_down, w_up, b_up, scale):
     """y (N, D) and h (N, H) for x (N, D)."""
     x, w_down, b_down, w_up, b_up, scale = (t.contiguous() for t in (x, w_down, b_down, w_up, b_up, scale))
-    (N, D), H, options = x.shape, w_down.shape[0], _options(w_down)
+    (N, D), H = x.shape, w_down.shape[0]
     h, y = w_down.new_empty(N, H), torch.empty_like(x)
-    _down_kernel[_grid(N, H)](x, w_down, b_down, h, N, D, H, **options)
-    _up_kernel[_grid(N, D)](h, w_up, b_up, scale, x, y, N, D, H, **options)
+    _down_kernel[_grid(N, H)](x, w_down, b_down, h, N, D, H, **_options(w_down, x))
+    _up_kernel[_grid(N, D)](h, w_up, b_up, scale, x, y, N, D, H, **_options(w_up, h))
     return y, h
 
 
 def backward(dy, x, h, w_down, w_up, b_up, scale):
     """Gradients for x, w_down, b_down, w_up, b_up and scale, from dy (N, D) and what forward kept."""
     dy, x, h, w_down, w_up, scale = (t.contiguous() for t in (dy, x, h, w_down, w_up, scale))
-    (N, D), H, options = x.shape, w_down.shape[0], _options(w_down)
-    dtype, acc = w_down.dtype, torch.float64 if w_down.dtype == torch.float64 else torch.float32
+    (N, D), H = x.shape, w_down.shape[0]
+    acc = torch.float64 if w_down.dtype == torch.float64 else torch.float32
     row_tiles, parts = triton.cdiv(N, BLOCK_M), triton.cdiv(N, ROWS_PER_PART)
     dpre, dx = torch.empty_like(h), torch.empty_like(dy)
     dpre_sums, dy_sums = dy.new_empty(row_tiles, H, dtype=acc), dy.new_empty(row_tiles, D, dtype=acc)
     down_parts, up_parts = dy.new_empty(parts, H, D, dtype=acc), dy.new_empty(parts, D, H, dtype=acc)
-    _dpre_kernel[_grid(N, H)](dy, scale, w_up, h, dpre, dpre_sums, N, D, H, **options)
-    _dx_kernel[_grid(N, D)](dpre, w_down, dy, dx, dy_sums, N, D, H, **options)
-    _weight_kernel[_grid(H, D, parts)](dpre, x, down_parts, N, H, D, ROWS_PER_PART, **options)
-    _weight_kernel[_grid(D, H, parts)](dy, h, up_parts, N, D, H, ROWS_PER_PART, **options)
+    _dpre_kernel[_grid(N, H)](dy, scale, w_up, h, dpre, dpre_sums, N, D, H, **_options(w_up, dy))
+    _dx_kernel[_grid(N, D)](dpre, w_down, dy, dx, dy_sums, N, D, H, **_options(w_down, dpre))
+    _weight_kernel[_grid(H, D, parts)](dpre, x, down_parts, N, H, D, ROWS_PER_PART, **_options(dpre, x))
+    _weight_kernel[_grid(D, H, parts)](dy, h, up_parts, N, D, H, ROWS_PER_PART, **_options(h, dy))
     # What is left is as small as the weights: torch adds the parts up.
-    scale, b_up, dy_sum, G = scale.to(acc), b_up.to(acc), dy_sums.sum(0), up_parts.sum(0)  # (D,), (D,), (D,), (D, H)
-    dscale = (w_up.to(acc) * G).sum(1) + b_up * dy_sum
-    gradients = down_parts.sum(0), dpre_sums.sum(0), scale[:, None] * G, scale * dy_sum, dscale
-    return dx, *(g.to(dtype) for g in gradients)
+    dy_sum, G = dy_sums.sum(0), up_parts.sum(0)  # (D,), (D, H)
+    dscale = ((w_up.to(acc) * G).sum(1) + b_up.to(acc) * dy_sum).to(scale.dtype)
+    scale = scale.to(acc)
+    gradients = down_parts.sum(0), dpre_sums.sum(0), scale[:, None] * G, scale * dy_sum
+    return dx, *(g.to(w_down.dtype) for g in gradients), dscale
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ Why fuse. All that the loss takes from the pixels are four sums for each sample:
 PyTorch writes every intermediate, each as large as the logits, and reads it again: for 32 x 2 maps of 640 x 640 pixels
 (stage 2, float32) 4955 MB forward and 5505 MB backward. One pass that keeps the intermediates in registers reads logits
 and target once and writes next to nothing: 131 MB with a bool target. One pass back reads both once more and writes the
-gradient: 236 MB. Between the passes only logits and target are kept. What follows from the sums, a few divisions, is
-plain torch, shared with the reference, and autograd derives it.
+gradient: 236 MB. Not counted: a target that is not bool is read once more, to check that it lies in [0, 1], except
+under torch.compile, where nobody looks. Between the passes only logits and target are kept. What follows from the sums,
+a few divisions, is plain torch, shared with the reference, and autograd derives it.
 
 The derivative of a focal term, with u' = p (1 - p) (1 - 2 t) and bce' = p - t:
 
@@ -27,7 +28,7 @@ interpreter on a CPU. No GPU has run or timed it.
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import tl, triton, use_triton
+from kernels.backend import FLOATING, tl, triton, use_triton
 
 
 def dice_focal_reference(logits, target, dice_weight=1.0, focal_weight=1.75, alpha=0.65, gamma=2.0):
@@ -60,14 +61,14 @@ def _checked(logits, target):
     """Both as (samples, pixels); a ValueError if they do not fit each other."""
     got = f"logits {logits.dtype} of shape {tuple(logits.shape)} on {logits.device}"
     got = f"{got}, target {target.dtype} of shape {tuple(target.shape)} on {target.device}"
-    if not logits.is_floating_point() or logits.dim() < 2 or logits.numel() == 0:
+    if logits.dtype not in FLOATING or logits.dim() < 2 or logits.numel() == 0:
         raise ValueError(f"logits must be floating point of shape (B, n), (B, H, W) or (B, C, H, W), not empty: {got}")
     if target.shape != logits.shape or target.device != logits.device:
         raise ValueError(f"target must have the shape and device of logits: {got}")
-    if target.dtype not in (torch.bool, torch.uint8) and not target.is_floating_point():
+    if target.dtype not in (torch.bool, torch.uint8, *FLOATING):
         raise ValueError(f"target must be bool, uint8 or floating point: {got}")
     if target.dtype != torch.bool and not torch.compiler.is_compiling():  # a compiled graph cannot look at values
-        low, high = (bound.item() for bound in target.aminmax())
+        low, high = torch.stack(target.aminmax()).tolist()  # waits for a GPU once, not twice
         if not (low >= 0 and high <= 1):
             raise ValueError(f"target must lie in [0, 1], but spans [{low}, {high}]: {got}")
     samples = 2 if logits.dim() == 4 else 1
@@ -77,10 +78,12 @@ def _checked(logits, target):
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 # A Triton kernel is the program of one block of the data. It is launched on a grid of programs, tl.program_id says
 # which one it is, and its "tensors" are blocks of known size spread over the threads of one processor of the GPU.
+# pointer + offsets is a block of addresses, and a mask leaves out those past the end. kernels/adapter.py says more.
 #
 # 2048 pixels for a program: 8 for each of 256 threads (8 warps of 32), so that a thread loads at least 16 bytes of
-# logits at once and all intermediates fit in registers with four or more blocks on a processor, which hides the wait
-# for memory. A map of 640 x 640 is 200 programs, a batch of 64 keeps any GPU busy.
+# logits at once and keeps all intermediates in at most 80 registers. A processor's 65,536 are enough for three programs
+# or more, of which one computes while another waits for memory. A map of 640 x 640 is 200 programs, a batch of 64 keeps
+# any GPU busy. ACC is the dtype of all arithmetic.
 BLOCK = 2048
 
 
@@ -211,7 +214,8 @@ def dice_focal(logits, target, dice_weight=1.0, focal_weight=1.75, alpha=0.65, g
 
     logits (B, n) or (B, H, W): B samples. (B, C, H, W): B * C samples, every channel with a dice of its own.
     target of the same shape, in [0, 1]: bool, uint8 or floating point. It receives no gradient. bool is never looked
-    at; the others are checked, which on a GPU waits for it once, so pass bool where the mask is hard.
+    at; the others are checked, which reads them once more and waits for a GPU once, so pass bool where the mask is hard.
+    Under torch.compile, which cannot look at values, they are not checked.
     Triton or plain torch: see kernels/backend.py.
     """
     logits, target = _checked(logits, target)
