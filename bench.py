@@ -196,7 +196,7 @@ def compile_all(launches, capabilities):
 # ---- times, where there is a GPU ------------------------------------------------------------------------------------
 
 def check(name, function, reference, inputs, dy):
-    """Stops unless the function's error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
+    """Stops unless the error against float64 is at most 1.5 times that of eager PyTorch (root mean squares)."""
     exact = gradients(reference, [t.detach().double().requires_grad_() if t.requires_grad else t for t in inputs],
                       dy.double())
     for a, b, truth in zip(gradients(function, inputs, dy), gradients(reference, inputs, dy), exact, strict=True):
@@ -231,7 +231,7 @@ def table(rows):
 
 
 def resource_rows(compiled):
-    """One row for each kernel and dtype: registers a thread, spilled bytes, shared KiB a block, tensor-core instruction."""
+    """A row for each kernel and dtype: registers a thread, spilled bytes, shared KiB a block, tensor cores."""
     rows = {}
     for c in compiled:
         title = f"`{c['kernel']}`" + (f", {' '.join(c['float32'])} in fp32" if c["float32"] else "")

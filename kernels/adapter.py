@@ -71,8 +71,8 @@ def _checked(x, w_down, b_down, w_up, b_up, scale):
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 # A Triton kernel is the program of one tile of the output. It is launched on a grid of programs, tl.program_id says
 # which one it is, and its "tensors" are blocks of known size spread over the threads of one processor of the GPU.
-# pointer + offsets is a block of addresses, which tl.load and tl.store access all at once. A block's sizes are powers of
-# two, fixed when compiling (tl.constexpr), so a mask must leave out what lies past an edge. A jitted function that
+# pointer + offsets is a block of addresses, which tl.load and tl.store access all at once. A block's sizes are powers
+# of two, fixed when compiling (tl.constexpr), so a mask must leave out what lies past an edge. A jitted function that
 # another calls becomes a part of it. What does not fit into a thread's registers spills into memory, which is slow.
 # ACC is the dtype of sums (float32), DOT that of the numbers multiplied, which decides whether tensor cores run.
 #

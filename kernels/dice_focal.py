@@ -214,7 +214,7 @@ def dice_focal(logits, target, dice_weight=1.0, focal_weight=1.75, alpha=0.65, g
 
     logits (B, n) or (B, H, W): B samples. (B, C, H, W): B * C samples, every channel with a dice of its own.
     target of the same shape, in [0, 1]: bool, uint8 or floating point. It receives no gradient. bool is never looked
-    at; the others are checked, which reads them once more and waits for a GPU once, so pass bool where the mask is hard.
+    at; the others are checked, which reads them once more and waits for a GPU once, so pass bool for a hard mask.
     Under torch.compile, which cannot look at values, they are not checked.
     Triton or plain torch: see kernels/backend.py.
     """

@@ -168,7 +168,7 @@ def last_offsets(kernel, tensors, program, *sizes, **constants):
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
-# All of them, with the count of those caught, broken and alive: pytest -m slow -k any_change -s (TIME)
+# All of them, with the count of those caught, broken and alive: pytest -m slow -k any_change -s
 
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "/": "*", "//": "+", "%": "+", "&": "|", "+=": "-=", "<": "<=", ">": ">=", ">=": "<",

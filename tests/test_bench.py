@@ -41,7 +41,7 @@ def assert_clean(compiled, tensor_core=True, gpus=SHARED_MEMORY):
 
 
 def test_every_kernel_compiles_for_three_gpus_at_the_papers_shapes(tmp_path):
-    """B and L, image and text, under autocast in bf16. What is compiled depends on D and H being multiples of 16 alone."""
+    """B and L, image and text, under autocast in bf16. Compiled for D and H that are multiples of 16, any N."""
     file = tmp_path / "kernels.json"
     printed = without_interpreter("bench.py", "kernels", "--json", str(file))
     result = json.loads(file.read_text())
