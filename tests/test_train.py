@@ -144,10 +144,13 @@ def test_a_short_batch_weighs_its_sentences_in_full(world, tmp_path):
     """With fewer refs than a batch asks for, the loss is still the mean over sentences, as in a batch of their number.
     """
     losses = []
-    refs = len(RefCOCO(world, "shapes", "train").refs)
-    for batch in (refs, 4 * refs):
+    Image.open(next((world / "images" / "shapes").iterdir())).save(tmp_path / "a.png")
+    entry = {"image": "a.png", "polygons": [[5, 5, 60, 5, 60, 60]], "sentences": ["the triangle"]}
+    (tmp_path / "own.json").write_text(json.dumps([entry, entry, entry]))
+    for batch in (3, 12):
         out = tmp_path / str(batch)
-        main(arguments(world, out, "--stage", 1, "--steps", 1, "--batch-size", batch))
+        main(parse_args(["--dataset", str(tmp_path / "own.json"), "--out", str(out), "--stage", "1", "--steps", "1",
+                         "--batch-size", str(batch)]))
         losses += [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -174,7 +177,7 @@ def test_the_papers_settings_are_the_defaults():
 
 
 def test_the_loss_falls(world, tmp_path):
-    main(arguments(world, tmp_path, "--stage", 1, "--steps", 30, "--lr", 2e-3))
+    main(arguments(world, tmp_path, "--stage", 1, "--steps", 20, "--lr", 2e-3))
     lines = [json.loads(line)["loss"] for line in open(tmp_path / "log.jsonl")]
     assert lines[-1] < lines[0]
 
@@ -221,7 +224,7 @@ def test_mistakes_are_one_line_that_names_the_mend(world, run, tmp_path, capsys)
     refused(capsys, arguments(tmp_path / "nowhere", tmp_path / "o", "--dataset", "refcoco"), "nowhere", "train2014")
     refused(capsys, arguments(world, tmp_path / "o", "--stage", 2), "stage 2 needs stage 1", "--stage 1")
     refused(capsys, arguments(world, run, "--stage", 1), "--resume", "--out")
-    refused(capsys, arguments(world, run, "--stage", 1, "--resume", "--lr", 1), "lr was 0.002, now 1.0")
+    refused(capsys, arguments(world, run, "--stage", 1, "--resume", "--lr", 1), "lr was 0.001, now 1.0")
     refused(capsys, arguments(world, tmp_path / "o", "--stage", 1, "--image-size", 100), "--image-size", "multiple")
     refused(capsys, arguments(world, run, "--stage", 1, "--resume", "--image-size", 48), "--image-size", "96", "48")
     refused(capsys, arguments(world, run, "--stage", 2, "--resume", "--modules", "ske"), "--modules", "cfe")
@@ -332,7 +335,7 @@ def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
                                      str(tmp_path / "o.png"), "--mask", str(tmp_path / "m.png")]))
     size = Image.open(photo).size
     assert Image.open(tmp_path / "m-1.png").size == Image.open(tmp_path / "m-2.png").size == size
-    assert os.path.getsize(tmp_path / "o.png") and np.asarray(Image.open(tmp_path / "m-1.png")).dtype == bool
+    assert os.path.getsize(tmp_path / "o.png") and set(np.unique(Image.open(tmp_path / "m-1.png"))) <= {0, 255}
 
 
 def test_predict_refuses_a_mistake_and_writes_nothing(run, world, tmp_path, capsys):
