@@ -74,7 +74,7 @@ def test_every_sentence_is_true_of_its_object_alone():
                 for text in texts:
                     meant = referents(text, objects)
                     assert len(meant) == 1 and meant[0] is o, (seed, text, meant, o)
-    assert min(counts.values()) > 300, counts
+    assert min(counts.values()) > 200, counts  # no kind is missing
 
 
 def test_positions_and_relations_have_a_distractor_of_the_same_description():
