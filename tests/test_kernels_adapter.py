@@ -155,7 +155,8 @@ def test_values_gradients_traffic_and_wide_offsets():
 # and relu of 0 is 0 on both sides.
 EQUIVALENT = ["b = tl.load(b_ptrs, mask=k_ok[:, None] & col_ok, other=1.0)",
               "a = a.to(ACC) * tl.load(a_scale_ptr + start + tl.arange(0, BLOCK_K), mask=k_ok, other=1.0)",
-              "h = tl.where(pre <= 0, 0.0, pre)"]
+              "h = tl.where(pre <= 0, 0.0, pre)",
+              ".to((scale * 0 + 1).dtype)"]
 
 
 @pytest.mark.filterwarnings("ignore")  # mutants divide by zero
