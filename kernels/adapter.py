@@ -25,9 +25,9 @@ the matrix products run in it, and gradients flow back through the cast, as auto
 residual stream, keeps its own dtype, which is y's too, and so does scale. Sums are in float32 (float64 for float64).
 
 Compiled ahead of time in bf16, fp16 and fp32 for NVIDIA sm_80 (A100), sm_90 (H100) and sm_100 (B200), and in bf16 for
-sm_86, sm_89 and sm_120 (RTX) and AMD's gfx942 and gfx950 (MI300, MI350). Nothing spills but 2 registers on gfx942, where
-_dpre_kernel does not fit: it asks for 256 bytes more shared memory than a block may have, and RISCLIP_KERNELS=torch is
-the way out.
+sm_86, sm_89 and sm_120 (RTX) and AMD's gfx942 and gfx950 (MI300, MI350). Nothing spills but 2 registers on gfx942,
+where _dpre_kernel does not fit: it asks for 256 bytes more shared memory than a block may have, and
+RISCLIP_KERNELS=torch is the way out.
 Values, gradients and memory accesses are tested in Triton's interpreter on a CPU. No GPU has run or timed it.
 """
 

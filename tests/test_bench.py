@@ -126,7 +126,7 @@ def test_every_kernel_compiles_for_consumer_cards_and_for_amd():
     compiled = [json.loads(line) for line in without_interpreter("-c", OTHER_GPUS).splitlines()]
     for arch, kernel, spilled, taken in compiled:
         allowed = 2 if (arch, kernel) == ("gfx942", "_dpre_kernel") else 0  # registers of 256
-        over = 256 if (arch, kernel) == ("gfx942", "_dpre_kernel") else 0  # as kernels/adapter.py says: it cannot launch
+        over = 256 if (arch, kernel) == ("gfx942", "_dpre_kernel") else 0  # kernels/adapter.py says so
         assert spilled <= allowed and taken <= shared[arch] + over, (arch, kernel, spilled, taken)
     assert {(arch, kernel) for arch, kernel, *_ in compiled} == {(a, k) for a in shared for k in KERNELS}
 
