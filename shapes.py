@@ -313,18 +313,18 @@ def statement(shapes, rng, places=True):
 
     places: it may say where in the scene an object is.
     """
-    o = rng.choice(shapes)
-    words = tuple(w if rng.random() < p else None for w, p in ((o.size, 0.3), (o.colour, 0.5), (o.kind, 0.85)))
+    o, whole = rng.choice(shapes), rng.random() < 0.5
+    words = tuple(w if whole or rng.random() < p else None for w, p in ((o.size, 0.5), (o.colour, 0.5), (o.kind, 0.8)))
     words = words if any(words) else (None, o.colour, o.kind)
     article, draw = rng.choice(("a ", "the ", "")), rng.random()
     name = _phrase(words, rng)
-    if draw < 0.2 and places:  # a place; the middle of the scene has no word of its own
+    if draw < 0.05 and places:  # a place; the middle of the scene has no word of its own
         far = [(axis, np.sign(c - SCENE / 2)) for axis, c in ((1, o.y), (0, o.x)) if abs(c - SCENE / 2) > 10]
         where = " ".join({(0, -1): "left", (0, 1): "right", (1, -1): "top", (1, 1): "bottom"}[f] for f in far)
         if far:
             return (f"{article}{name} {rng.choice(('at', 'on', 'in'))} the {where}", lambda batch: (batch.match(words) &
                     np.all([sign * (batch.at[axis] - SCENE / 2) > 5 for axis, sign in far], axis=0)).any(1))
-    elif draw < 0.45:  # a relation
+    elif draw < 0.1:  # a relation
         other = rng.choice(shapes)
         others = tuple(w if rng.random() < 0.6 else None for w in (other.size, other.colour, other.kind))
         true = [r for r, (axis, sign) in RELATIONS.items() if sign * ((o.x, o.y)[axis] - (other.x, other.y)[axis]) > 8]
@@ -335,7 +335,7 @@ def statement(shapes, rng, places=True):
             return (f"{article}{name} {rng.choice(_LINKS[relation])} {article}{_phrase(others, rng)}",
                     lambda batch: (batch.match(words)[:, :, None] & batch.match(others)[:, None] &
                                    batch.related(relation)).any((1, 2)))
-    elif draw < 0.65:  # a rank among those alike
+    elif draw < 0.15:  # a rank among those alike
         wall, (axis, sign) = rng.choice(list(WALL.items()))
         alike = sorted((s for s in shapes if _matches(s, words)), key=lambda s: sign * (s.x, s.y)[axis])
         place = alike.index(o)
@@ -360,41 +360,35 @@ def _ranked(name, wall, place):
     return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
 
 
-# A share of the batches, the side in pixels of what they show, and the most objects in it. A single shape in a small
-# picture is learned first: it is named without doubt, and 25 patches cost a sixth of 144.
-LESSONS = ((0.86, 40, 1), (0.14, 64, 3))
+# A share of the batches, what the batch size is multiplied by, the side of the pictures in pixels, and the fewest and
+# most objects in one. A single shape in a small picture is named without doubt and costs a sixth of a scene: there the
+# words are learned; in whole scenes, which patches they are about.
+LESSONS = ((0.6, 3, 40, 1, 1), (0.4, 1, SCENE, 3, 6))
+ALIKE = 8  # pictures in a row that have the same few colours and kinds: only whole descriptions tell them apart
 
 
 class Captioned(Dataset):
-    """Batch i, drawn when asked for: images (B, side, side, 3) uint8, 2 B captions, truth (B, 2 B) bool, and the corner
-    (top, left) of 8-pixel patches where a whole scene has the pictures' window.
-
-    Scenes come in fours that only details tell apart: the same objects in other layouts, or other objects of the same
-    colours and kinds.
+    """Batch i of `batches`, drawn when asked for: images (I, side, side, 3) uint8, C captions, truth (I, C) bool, and
+    the corner (top, left) of 8-pixel patches where a whole scene has the pictures' window.
     """
 
-    def __init__(self, batches, batch_size, seed):
-        self.batches, self.batch_size, self.seed = batches, batch_size, seed
+    def __init__(self, batches, batch_size, seed, lessons=LESSONS):
+        self.batches, self.batch_size, self.seed, self.lessons = batches, batch_size, seed, lessons
 
     def __len__(self):
         return self.batches
 
     def __getitem__(self, i):
         rng, scenes, images = random.Random(f"captioned {self.seed} {i}"), [], []
-        ends = np.cumsum([share for share, _, _ in LESSONS]) * self.batches
-        _, side, most = LESSONS[min(int((i >= ends).sum()), len(LESSONS) - 1)]
-        while len(scenes) < self.batch_size:
-            palette, count, layout = draw_palette(rng), rng.randint(1, most), rng.random() < 0.5
-            words = draw_words(rng, palette, count)
-            for _ in range(4):
-                drawn = words if layout else draw_words(rng, palette, count)
-                if side < SCENE:  # one large object fits
-                    drawn = drawn[:1] + [("small", *rest) for _, *rest in drawn[1:]]
-                shapes, image, _ = draw_scene(rng, drawn, side)
-                scenes.append(shapes)
-                images.append(image)
-        places = side == SCENE
-        said = [statement(shapes, rng, places) for shapes in scenes * min(most, 2)]
+        ends = np.cumsum([lesson[0] for lesson in self.lessons])
+        _, times, side, fewest, most = self.lessons[int((i >= ends[:-1] / ends[-1] * self.batches).sum())]
+        while len(scenes) < times * self.batch_size:
+            if len(scenes) % ALIKE == 0:
+                palette, count = draw_palette(rng), rng.randint(fewest, most)
+            shapes, image, _ = draw_scene(rng, draw_words(rng, palette, count), side)
+            scenes.append(shapes)
+            images.append(image)
+        said = [statement(shapes, rng, side == SCENE) for shapes in scenes * min(most, 4)]
         batch, free = Scenes(scenes), (SCENE - side) // 8
         return (np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1),
                 (rng.randint(0, free), rng.randint(0, free)))

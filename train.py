@@ -43,15 +43,17 @@ from risclip import (
     clip_state,
     find_checkpoint,
     image_layer,
+    load_clip_state,
+    read_safetensors,
     text_layer,
 )
-from shapes import Captioned
+from shapes import LESSONS, Captioned
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
 MINI = dict(epochs=None, lr=2e-3, batch_size=16, per_image=4, warmup=30, augment=False, save_every=200)
 SETTINGS = {
-    ("tiny", 0): MINI | dict(steps=2800, lr=1e-3, batch_size=96, warmup=50),
+    ("tiny", 0): MINI | dict(steps=4000, lr=1e-3, batch_size=32, warmup=50),
     ("tiny", 1): MINI | dict(steps=650, lr=7e-4),
     ("tiny", 2): MINI | dict(steps=140),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
@@ -87,9 +89,10 @@ def refiner_loss(model, batch):
 def contrastive_loss(clip, batch):
     """Stage 0: CLIP's contrastive loss between I scenes and C captions, where several may be true of each other.
 
-    A scene is as similar to a caption as those of its patches that fit it best (softmax over patches, in the manner of
-    FILIP): with the class token alone, a map that locates anything takes more than the hour that there is. Then
-    cross-entropy against the true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
+    A scene is as similar to a caption as those of its patches that fit it best (in the manner of FILIP): with the class
+    token alone, a map that locates anything takes more than the hour that there is. The softmax over patches is a soft
+    one, so that all patches of an object have to know it and not the best one alone. Then cross-entropy against the
+    true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
     """
     tokens, truth, (top, left) = batch["tokens"], batch["truth"].float(), batch["corner"]  # truth (I, C)
     visual, no_adapters, T = clip.visual, (torch.nn.Identity(), torch.nn.Identity()), tokens.size(1)
@@ -111,7 +114,7 @@ def contrastive_loss(clip, batch):
     eos = clip.ln_final(t[torch.arange(len(t)), tokens.argmax(1)])
     sentences = F.normalize(eos @ clip.text_projection, dim=-1)  # (C, d)
     similarity = clip.logit_scale.exp() * torch.einsum("ipd,cd->icp", patches, sentences)
-    logits = (similarity * similarity.softmax(dim=-1)).sum(dim=-1)  # (I, C)
+    logits = (similarity * (0.3 * similarity).softmax(dim=-1)).sum(dim=-1)  # (I, C)
     by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
     return (by_image + F.cross_entropy(logits.T, (truth / truth.sum(0)).T)) / 2
 
@@ -142,7 +145,8 @@ def sample_batches(model, dataset, settings, args, start):
 
 def captioned_batches(tokenizer, settings, args, start):
     """Batches of stage 0 from step `start` on: scenes, captions and which captions are true of which scenes."""
-    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
+    lessons = LESSONS[-1:] if args.clip else LESSONS
+    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed, lessons)
     loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
     for scenes, texts, truth, corner in loader:
         images, tokens = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
@@ -299,7 +303,10 @@ def load_training_state(checkpoint, optimizer, net, run):
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
 def pretrain(args, settings):
-    """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors."""
+    """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors.
+
+    With --clip PATH it starts from those weights, with the last lesson.
+    """
     torch.manual_seed(args.seed)
     clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
     clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
@@ -307,7 +314,10 @@ def pretrain(args, settings):
     # what a layer adds to them, or the first CFE, before the first text layer, would drown them in the image.
     clip.token_embedding.requires_grad_(False).weight.data.mul_(50)
     clip.positional_embedding.data.mul_(20)
-    clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
+    if args.clip:
+        load_clip_state(clip, read_safetensors(args.clip))
+    clip.register_buffer("seen", clip.token_embedding.weight.any(dim=1) if args.clip else
+                         torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
 
     def save(directory):

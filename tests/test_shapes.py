@@ -128,10 +128,10 @@ def test_statements_without_a_place_name_none():
 
 def test_lessons_go_from_single_shapes_to_whole_scenes():
     captioned = Captioned(100, 8, seed=0)
-    for i, (side, captions) in {0: (40, 8), 60: (40, 8), 99: (64, 16)}.items():
+    for i, (count, side, captions) in {0: (24, 40, 24), 59: (24, 40, 24), 60: (8, 96, 32), 99: (8, 96, 32)}.items():
         images, texts, truth, (top, left) = captioned[i]
-        assert images.shape == (8, side, side, 3) and len(texts) == captions and truth.shape == (8, captions)
-        assert truth[:, :8].diagonal().all()
+        assert images.shape == (count, side, side, 3) and len(texts) == captions and truth.shape == (count, captions)
+        assert truth[:, :count].diagonal().all()
         assert 0 <= min(top, left) and max(top, left) * 8 + side <= 96
-    again = captioned[60]
-    assert all(np.array_equal(a, b) for a, b in zip(again[0], Captioned(100, 8, seed=0)[60][0]))
+    assert np.array_equal(captioned[60][0], Captioned(100, 8, seed=0)[60][0])
+    assert Captioned(100, 8, 0, shapes.LESSONS[-1:])[0][0].shape == (8, 96, 96, 3)
