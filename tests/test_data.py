@@ -781,7 +781,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
 
 def test_check_names_an_unknown_split(tmp_path, capsys):
     write_set(tmp_path, "shapes", [ref(0, 1), ref(1, 2, "valid")])
-    assert "refs of the unknown split 'valid': 1" in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
+    assert "refs of unknown splits: 'valid'" in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
 
 
 def test_check_reads_own_json(tmp_path, capsys):

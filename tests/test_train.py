@@ -50,7 +50,7 @@ def test_patch_targets_are_the_half_full_patches_or_the_fullest():
 
 
 def test_a_run_leaves_what_the_readme_lists(run):
-    assert {p.name for p in run.iterdir()} == {"stage1-000003", "stage2-000003", "log.jsonl", "curve.png",
+    assert {p.name for p in run.iterdir()} == {".lock", "stage1-000003", "stage2-000003", "log.jsonl", "curve.png",
                                                "metrics.json", "samples.png"}
     assert {p.name for p in (run / "stage2-000003").iterdir()} == {"config.json", "model.safetensors", "training.pt"}
     lines = [json.loads(line) for line in open(run / "log.jsonl")]
