@@ -787,7 +787,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
                  "ref 5: its annotation 105 is not in", "sentences with the sent_id of another: 1, the first is 10",
                  "image 3 is missing, tried", "1.png cannot be read", "the mask of ref 3 is empty",
                  "ref 8, annotation 108: a polygon of fewer than 3 points",
-                 "images both in train and in val: 1, the first is 2", "8 problems"):
+                 "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'", "9 problems"):
         assert line in printed.out, line
     assert "val: 2" not in printed.out
     quick = check(capsys, "--root", root, "--dataset", "refcoco", "--quick")[1].out
