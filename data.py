@@ -16,6 +16,7 @@ union is the mask); crowds are run lengths; the pickle could hold code (nothing 
 """
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -53,8 +54,10 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of both sources of weights
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others, EPS say, would start a program
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 64_000_000  # of an image: more would take above 2 GiB and 10 s
+MAX_POLYGONS = 10_000  # of one mask: the time goes with their square
 MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_REFS_BYTES = 128 * 2**20  # the published files take 30-50 MB
 
 
@@ -63,10 +66,16 @@ class DataError(ValueError):
 
 
 def run(main, args):
-    """main(args) -> exit code: main's own or 0; 2 for a DataError, printed as one line on stderr."""
+    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError, or a disk that is full, printed as
+    one line on stderr."""
     try:
         return main(args) or 0
-    except DataError as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (DataError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
@@ -223,7 +232,7 @@ def open_image(path, size=None):
 
     size: (width, height) of the annotations' frame, where it is known. COCO's own tools ignore EXIF, so a record whose
     size is that of the stored pixels and not of the upright ones means the stored ones, which are then returned.
-    Raises DataError if the file is missing, broken, truncated, above 100 megapixels, or of another size.
+    Raises DataError if the file is missing, broken, truncated, above 64 megapixels, or of another size.
     """
     def convert(image):
         image.load()
@@ -281,8 +290,8 @@ def decode_mask(segmentation, width, height):
     """
     if isinstance(segmentation, list):
         polygons = [np.asarray(p, np.float64) for p in segmentation]
-        if not polygons:
-            raise ValueError("no polygon")
+        if not 0 < len(polygons) <= MAX_POLYGONS:
+            raise ValueError(f"{len(polygons) or 'no'} polygons: give 1 to {MAX_POLYGONS}")
         outline = 0
         for p in polygons:
             if p.ndim != 1 or len(p) % 2 or len(p) < 6:
@@ -340,7 +349,8 @@ def _text(text, where):
 
 
 def _inside(folders, name, where):
-    """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder."""
+    """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder, be it by
+    a symbolic link. The folder itself may be one: to keep files elsewhere, link the folder."""
     candidates = []
     for folder in folders:
         try:
@@ -348,7 +358,8 @@ def _inside(folders, name, where):
         except (ValueError, OSError, RuntimeError) as error:  # a null byte, a loop of links
             raise DataError(f"{where}: path {name[:200]!r}: {one_line(error)}") from error
         if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-            raise DataError(f"{where}: path {name[:200]!r} leaves the folder {folder}: keep the files in it")
+            raise DataError(f"{where}: path {name[:200]!r} leaves the folder {folder}: keep the files in it, or make "
+                            "the folder itself a link")
         candidates.append(path)
     return next((p for p in candidates if os.path.isfile(p)), candidates[0])
 
@@ -374,6 +385,7 @@ class RefCOCO:
     def __init__(self, root, dataset, split, report=_raise):
         self.root, self.dataset, self.split = Path(root), str(dataset), split
         self.sentences, self.refs, self.images, self.folders = [], [], [], []
+        self.split_names = set()  # all those in the files
         self._numbers = {}  # image id -> index
         if self.dataset.endswith(".json"):
             self._open_json(report)
@@ -397,6 +409,7 @@ class RefCOCO:
         loaded = {name: load_refs(self._files(name)[0]) for name in (UNION if combined else [self.dataset])}
         held_out = {r["image_id"] for refs in loaded.values() for r in refs if combined and r["split"] != "train"}
         for name, refs in loaded.items():
+            self.split_names |= {r["split"] for r in refs}
             refs = [r for r in refs if self.split in ("all", r["split"]) and r["image_id"] not in held_out]
             self._add_refs(name, refs, report)
 
@@ -505,6 +518,8 @@ class RefCOCO:
     def path(self, image):
         """Index -> the image's path. Raises DataError naming the paths tried."""
         name = self.images[image].file_name
+        if self.folders:  # names in one's own JSON were looked at when it was opened
+            _inside(self.folders, name, f"image {self.images[image].id}")
         tried = [folder / name for folder in self.folders] or [Path(name)]
         for path in tried:
             if os.path.isfile(path):
@@ -656,6 +671,28 @@ def collate(items):
 
 # ---- Is a data set whole? -------------------------------------------------------------------------------------------
 
+def doubts(data, looks=20):
+    """-> what is plainly wrong with a data set as a whole, one line each: split names that nothing asks for, sentences
+    with the sent_id of others, and masks that are all empty, of those `looks` that are evenly spaced."""
+    sets = UNION if data.dataset == "combined" else [data.dataset]
+    lines, known = [], {split for name in sets for split in PUBLISHED.get(name, ())}
+    if unknown := sorted(data.split_names - known):
+        lines.append(f"refs of unknown splits: {', '.join(map(repr, unknown))}")
+    counts = Counter(s.sent_id for s in data.sentences)
+    if len(counts) < len(data):
+        first = next(i for i, count in counts.items() if count > 1)
+        lines.append(f"sentences with the sent_id of another: {len(data) - len(counts)}, the first is {first}")
+    areas = []
+    for i in range(0, len(data.refs), max(1, len(data.refs) // looks)):
+        try:
+            areas.append(data.mask(i).any())
+        except DataError:
+            pass  # named, skipped and counted where it is used
+    if areas and not any(areas):
+        lines.append(f"masks that are empty: all {len(areas)} that were looked at")
+    return lines
+
+
 def check(root, dataset, quick=False):
     """Prints a data set's counts beside the published ones; -> list of what is wrong with it, one line each.
 
@@ -677,8 +714,6 @@ def check(root, dataset, quick=False):
         if expected and counts != expected:
             problems.append(f"{split}: {' / '.join(map(str, counts))} refs / images / sentences, published "
                             f"{' / '.join(map(str, expected))}")
-        if published and split not in published:
-            problems.append(f"refs of the unknown split {split!r}: {len(refs)}")
         if not refs and not expected:
             problems.append(f"{split}: no refs")
         for other, others in seen.items():
@@ -686,10 +721,7 @@ def check(root, dataset, quick=False):
                 first = data.images[min(both)].id
                 problems.append(f"images both in {other} and in {split}: {len(both)}, the first is {first}")
         seen[split] = images
-    ids = [s.sent_id for s in data.sentences]
-    if len(set(ids)) < len(ids):
-        first = next(i for i, count in Counter(ids).items() if count > 1)
-        problems.append(f"sentences with the sent_id of another: {len(ids) - len(set(ids))}, the first is {first}")
+    problems += doubts(data)
     for i in tqdm(range(len(data.images)), "images", disable=None):
         try:
             data.path(i) if quick else data.image(i)

@@ -483,13 +483,8 @@ class RISCLIP(nn.Module):
         directory = find_checkpoint(source) if Path(source).is_dir() else download(str(source))
         if directory is None:
             raise DataError(f"{source} holds no checkpoint: config.json, or stage1-* or stage2-* of a run")
-        saved = read_json(directory / "config.json")
-        expected = saved.pop("clip_fingerprint", None) if isinstance(saved, dict) else None
-        try:
-            config = replace(CONFIGS[saved["backbone"]], **{k: tuple(v) if isinstance(v, list) else v
-                                                            for k, v in saved.items()} | changes)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{directory / 'config.json'} is not a RISCLIP config ({one_line(error)[:160]})") from error
+        config, expected = read_config(directory / "config.json")
+        config = replace(config, **changes)
         state = read_safetensors(directory / "model.safetensors")
         stored = {k.removeprefix("clip."): state.pop(k) for k in list(state) if k.startswith("clip.")}
         model = cls(replace(config, clip="random") if stored else config)
@@ -556,6 +551,32 @@ def fingerprint(clip):
     if tensors[0].is_meta:
         return None
     return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def read_config(path):
+    """-> the Config in a checkpoint's config.json, and its clip_fingerprint. Raises DataError for any other file.
+
+    A stranger's file names no architecture and weights but the backbone's own, and no size that would fill a machine.
+    """
+    def fits(value, like, most):
+        if isinstance(like, tuple):
+            whole = isinstance(value, list) and (len(value) == len(like) or isinstance(like[0], str))
+            return whole and all(fits(v, like[0], most) for v in value)
+        if isinstance(like, int | float) and not isinstance(like, bool):
+            return type(value) in (type(like), int) and 0 <= value <= most
+        return type(value) is type(like)
+
+    saved = read_json(path)
+    try:
+        expected, preset = saved.pop("clip_fingerprint", None), CONFIGS[saved["backbone"]]
+        for key, value in saved.items():
+            like, most = getattr(preset, key), 24 if key.endswith("layers") else 4096 if key == "image_size" else 1024
+            own = key in ("clip_name", "clip_tag")
+            if value != like and (own or not fits(value, 1 if like is None else like, most)):
+                raise ValueError(f"{key} cannot be {str(value)[:60]}")
+        return replace(preset, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}), expected
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not a RISCLIP config ({one_line(error)[:160]})") from error
 
 
 def read_safetensors(path):

@@ -10,6 +10,7 @@ pixel-level map with the mask: the decoder alone learns, all else is frozen.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import resource
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -175,7 +177,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
             print(f"{checkpoint} is finished: nothing left to train in stage {stage}")
     net.train()
     stream, clock, since, saved = batches(step), time.time(), seen, step
-    with (stop_signals() as asked, open(args.out / "log.jsonl", "a") as log,
+    with (stop_signals() as asked, open_log(args.out, stage, step) as log,
           tqdm(total=steps, initial=step, desc=f"stage {stage}") as bar):
         while step < steps and not asked:
             lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * (1 - step / steps) ** 0.9
@@ -261,18 +263,25 @@ def memory_gib(device):
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 def save_checkpoint(out, stage, step, save, optimizer, net, run, seen, skipped):
-    """Writes --out/stageN-STEP aside, syncs it and renames it; only then goes the previous one of this stage."""
+    """Writes --out/stageN-STEP aside, syncs it and renames it; only then goes the previous one of this stage.
+
+    Raises DataError if the disk is full; the previous one then stays."""
     final = out / f"stage{stage}-{step:06d}"
-    aside = out / f".{final.name}.partial"
+    aside = out / f".stage{stage}.partial"  # one name, so that what a killed run leaves is taken away by the next
     shutil.rmtree(aside, ignore_errors=True)
-    save(aside)
     state = {"step": step, "seen": seen, "skipped": skipped, "run": json.dumps(run),
              "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
     if stage == 0:
         state["net"] = net.state_dict()  # the weight file itself is in half precision
-    torch.save(state, aside / "training.pt")
-    for path in (*aside.iterdir(), aside):
-        data.sync(path)
+    try:
+        save(aside)
+        torch.save(state, aside / "training.pt")
+        for path in (*aside.iterdir(), aside):
+            data.sync(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of ours, torch's and safetensors' writers
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(f"{final} cannot be written ({data.one_line(error)[:160]}): the checkpoint before it is whole; "
+                        "make room and go on with --resume") from error
     previous = [p for p in checkpoints(out, stage) if p != final]
     if final.exists():
         shutil.rmtree(final)
@@ -282,22 +291,30 @@ def save_checkpoint(out, stage, step, save, optimizer, net, run, seen, skipped):
         shutil.rmtree(path)
 
 
+@contextmanager
+def unbroken(checkpoint):
+    """Raises DataError for whatever a training.pt that is not what save_checkpoint wrote makes fail inside."""
+    try:
+        yield
+    except Exception as error:  # it fails in many ways; weights_only lets none of them run
+        raise DataError(f"{checkpoint / 'training.pt'} is broken ({type(error).__name__}); remove {checkpoint} to "
+                        "start anew") from error
+
+
 def load_training_state(checkpoint, optimizer, net, run):
     """-> step, sentences seen and images skipped so far. Raises DataError if the run was started differently."""
-    path = checkpoint / "training.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before = json.loads(state["run"])
-    except Exception as error:  # a broken file fails in many ways; weights_only lets none of them run
-        raise DataError(f"{path} is broken ({type(error).__name__}); remove {checkpoint} to start anew") from error
+    with unbroken(checkpoint):
+        state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+        before, counts = json.loads(state["run"]), [int(state[k]) for k in ("step", "seen", "skipped")]
     changed = [f"{k} was {before.get(k)}, now {run.get(k)}" for k in run if before.get(k) != run.get(k)]
     if changed:
         raise DataError(f"--resume: {checkpoint} was trained otherwise: {'; '.join(changed)}")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    if "net" in state:
-        net.load_state_dict(state["net"])
-    return state["step"], state["seen"], state["skipped"]
+    with unbroken(checkpoint):
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        if "net" in state:
+            net.load_state_dict(state["net"])
+    return counts
 
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
@@ -349,10 +366,11 @@ def check_run(args, stages):
         if first is None:
             raise DataError(f"stage 2 needs stage 1, and --out {args.out} has no stage1-*: run --stage 1 first")
         if (first / "training.pt").exists():
-            state = torch.load(first / "training.pt", map_location="cpu", weights_only=True, mmap=True)
-            steps = json.loads(state["run"])["steps"]
-            if state["step"] < steps:
-                raise DataError(f"stage 1 in --out {args.out} stopped at step {state['step']} of {steps}: "
+            with unbroken(first):
+                state = torch.load(first / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+                step, steps = int(state["step"]), int(json.loads(state["run"])["steps"])
+            if step < steps:
+                raise DataError(f"stage 1 in --out {args.out} stopped at step {step} of {steps}: "
                                 "finish it with --stage 1 --resume")
     config = CONFIGS[args.backbone]
     check_image_size(config if args.image_size is None else replace(config, image_size=args.image_size))
@@ -437,6 +455,20 @@ def report(args, model, train, val, held_out):
           f"{table(results)}\n")
 
 
+def open_log(out, stage, step):
+    """--out/log.jsonl to write on, without what a killed run wrote of the stage after `step`, its last checkpoint."""
+    path, kept = out / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut short
+        if entry["stage"] != stage or entry["step"] <= step:
+            kept.append(line + "\n")
+    data.write_text(path, "".join(kept))
+    return open(path, "a")
+
+
 def draw_curve(out, width=720, height=300):
     """--out/curve.png: the loss of each stage against its steps, from log.jsonl."""
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
@@ -502,6 +534,18 @@ def parse_args(argv=None):
     return args
 
 
+@contextmanager
+def alone(out):
+    """Keeps a second run out of --out. The kernel drops the lock when the process ends, however it ends, and the
+    processes that read images do not inherit it. Raises DataError if another run has it."""
+    with open(out / ".lock", "a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"--out {out}: another run is writing there: wait for it, or give another --out") from error
+        yield
+
+
 def main(args):
     stages = (1, 2) if args.stage == "all" else (int(args.stage),)
     check_run(args, stages)
@@ -510,6 +554,12 @@ def main(args):
         data.check_writable(args.out)
     except OSError as error:
         raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
+    with alone(args.out):
+        return run_stages(args, stages)
+
+
+def run_stages(args, stages):
+    """The stages into --out, and what is reported of them -> exit code."""
     if stages == (0,):
         return pretrain(args, stage_settings(args, 0))
     if args.dataset == "shapes":
@@ -520,6 +570,8 @@ def main(args):
     splits = ["train", "val", "test" if args.dataset == "shapes" else "val"]
     splits = splits[:1] if args.dataset == "combined" else splits  # the union of Table 2 has no val split
     train, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split) for split in splits)
+    for line in data.doubts(train):
+        print(f"warning: {args.dataset} {train.split}: {data.one_line(line)}", file=sys.stderr)
     all_sound, written = True, "checkpoints, log.jsonl, curve.png"
     for stage in stages:
         model, sound = run_stage(args, stage, train)

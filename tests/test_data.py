@@ -289,6 +289,20 @@ def test_an_image_record_names_a_plain_file(tmp_path, name):
         RefCOCO(tmp_path, "refcoco", "train")
 
 
+@pytest.mark.parametrize("target", ["../../../../secret.png", "ABSOLUTE", "1.png"])
+def test_a_link_cannot_lead_out_of_the_image_folder_but_the_folder_may_be_one(tmp_path, target):
+    root = write_set(tmp_path / "root")
+    Image.new("RGB", SIZES[1]).save(tmp_path / "secret.png")
+    folder = root / "images/mscoco/images/train2014"
+    (folder / "1.png").unlink()
+    (folder / "1.png").symlink_to(target.replace("ABSOLUTE", str(tmp_path / "secret.png")))
+    with pytest.raises(DataError, match="image 1: path '1.png'.*(leaves the folder .*train2014|[Ll]oop)"):
+        RefCOCO(root, "refcoco", "train").image(0)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert RefCOCO(root, "refcoco", "train").image(1).size == SIZES[3]
+
+
 @pytest.mark.parametrize("content", [b"", b"[1, 2", b"{}", b'{"annotations": [], "images": 3}', b"[" * 100_000,
                                      b"\xff\xfe"])
 def test_broken_instances_are_a_data_error_naming_the_file(tmp_path, content):
@@ -348,6 +362,7 @@ def test_a_long_run_is_read_as_pycocotools_wrote_it():
     [], [[]], [[1, 2, 3, 4]], [box(1, 1, 5, 5), [1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]],
     [[1, 1, 5, float("nan"), 5, 5]], [[1, 1, 1e9, 1, 5, 5]], [[0, 0, float("inf"), 5, 5, 5]], [["a"] * 6], [{}],
     [[[1, 2], [3, 4], [5, 6]]], None, 7, "x", [[0, 0] * 1_000_000], [[0, 0, 31, 22] * 40_000],
+    [[0, 0, 1, 0, 1, 1]] * 20_000,
     {}, {"counts": [713]}, {"size": [23, 31]}, {"size": [31, 23], "counts": [713]},
     {"size": [23, 31], "counts": [5, 5]},
     {"size": [23, 31], "counts": [0, 10**12]}, {"size": [23, 31], "counts": [-1, 714]},
@@ -436,7 +451,7 @@ def jpeg():
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("content, message", [
     (None, "no such image"), (b"", "cannot be read"), (b"GIF89a", "cannot be read"), (jpeg()[:1500], "truncated"),
-    (png_head(10_001, 10_000), "more than 100 megapixels"), (png_head(50_000, 50_000), "cannot be read"),
+    (png_head(10_001, 10_000), "more than 64 megapixels"), (png_head(50_000, 50_000), "cannot be read"),
     (png_head(30, 30), "cannot be read"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read")])
 def test_a_broken_huge_or_missing_image_is_a_data_error_naming_it(tmp_path, content, message):
     path = tmp_path / "picture.jpg"
@@ -772,7 +787,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
                  "ref 5: its annotation 105 is not in", "sentences with the sent_id of another: 1, the first is 10",
                  "image 3 is missing, tried", "1.png cannot be read", "the mask of ref 3 is empty",
                  "ref 8, annotation 108: a polygon of fewer than 3 points",
-                 "images both in train and in val: 1, the first is 2", "8 problems"):
+                 "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'", "9 problems"):
         assert line in printed.out, line
     assert "val: 2" not in printed.out
     quick = check(capsys, "--root", root, "--dataset", "refcoco", "--quick")[1].out
@@ -781,7 +796,15 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
 
 def test_check_names_an_unknown_split(tmp_path, capsys):
     write_set(tmp_path, "shapes", [ref(0, 1), ref(1, 2, "valid")])
-    assert "refs of the unknown split 'valid': 1" in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
+    assert "refs of unknown splits: 'valid'" in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
+
+
+def test_masks_that_are_all_empty_are_one_doubt(tmp_path):
+    nothing = [box(-9, -9, 5, 5)]
+    write_set(tmp_path, segmentations={r["ref_id"]: nothing for r in REFS})
+    assert data.doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
+    write_instances(tmp_path, "refcoco", REFS, {0: nothing, 1: nothing})
+    assert data.doubts(RefCOCO(tmp_path, "refcoco", "train")) == []
 
 
 def test_check_reads_own_json(tmp_path, capsys):

@@ -170,6 +170,16 @@ def test_workers_do_not_change_the_figures(world, checkpoint):
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_neither_does_the_number_of_sentences_at_once(world, checkpoint, monkeypatch, at_once):
+    model, dataset = RISCLIP.from_pretrained(checkpoint), RefCOCO(world, "shapes", "val")
+    outputs, results = RISCLIP.outputs, []
+    for n in (8, at_once):
+        monkeypatch.setattr(RISCLIP, "outputs", lambda self, pixels, texts, n=n: outputs(self, pixels, texts, n))
+        results.append(evaluate.evaluate(model, dataset)[evaluate.MASK])
+    assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
+
+
 def test_the_maps_threshold_is_the_best_of_those_tried(world, tiny):
     dataset = RefCOCO(world, "shapes", "test")
     best = best_map_readout(tiny, dataset)

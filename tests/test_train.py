@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,7 @@ def test_patch_targets_are_the_half_full_patches_or_the_fullest():
 
 
 def test_a_run_leaves_what_the_readme_lists(run):
-    assert {p.name for p in run.iterdir()} == {"stage1-000003", "stage2-000003", "log.jsonl", "curve.png",
+    assert {p.name for p in run.iterdir()} == {".lock", "stage1-000003", "stage2-000003", "log.jsonl", "curve.png",
                                                "metrics.json", "samples.png"}
     assert {p.name for p in (run / "stage2-000003").iterdir()} == {"config.json", "model.safetensors", "training.pt"}
     lines = [json.loads(line) for line in open(run / "log.jsonl")]
@@ -247,6 +248,74 @@ def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(flags)
     assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+class Touch:
+    """Pickles as a call of touch(canary)."""
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_hostile_training_state_is_refused_and_not_run(world, run, tmp_path, capsys, stage):
+    canary, checkpoint = tmp_path / "canary", tmp_path / "o" / "stage1-000003"
+    shutil.copytree(run / "stage1-000003", checkpoint)
+    args = arguments(world, tmp_path / "o", "--stage", stage, "--steps", 3, "--resume")
+    for hostile in ({"run": Touch(canary)}, [Touch(canary)], {"step": 3, "seen": 3, "skipped": 0}, {"run": "{}"}):
+        torch.save(hostile, checkpoint / "training.pt")
+        refused(capsys, args, "training.pt is broken", f"remove {checkpoint}")
+        (checkpoint / "training.pt").write_bytes(pickle.dumps(hostile))
+        refused(capsys, args, "training.pt is broken")
+        assert not canary.exists()
+    torch.save({"run": Touch(canary)}, checkpoint / "training.pt")
+    torch.load(checkpoint / "training.pt", weights_only=False)
+    assert canary.exists(), "a dud: it would not have run anyway"
+
+
+def test_hostile_weights_are_refused_and_not_run(world, run, tmp_path, capsys):
+    canary, checkpoint = tmp_path / "canary", tmp_path / "o" / "stage1-000003"
+    shutil.copytree(run / "stage1-000003", checkpoint)
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        write({"weights": Touch(canary)}, checkpoint / "model.safetensors")
+        refused(capsys, arguments(world, tmp_path / "o", "--stage", 1, "--steps", 3, "--resume"), "model.safetensors")
+        write({"weights": Touch(canary)}, tmp_path / "clip.pt")
+        for backbone in ("tiny", "B"):
+            refused(capsys, arguments(world, tmp_path / backbone, "--stage", 1, "--steps", 3, "--backbone", backbone,
+                                      "--clip", tmp_path / "clip.pt", "--image-size", 32), "clip.pt")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("clip_name", "hf-hub:stranger/model"), ("clip_tag", "../../clip.safetensors"), ("cfe_layers", 10**6),
+    ("adapter_bottlenecks", [10**9, 10**9]), ("decoder_widths", 7), ("image_size", "96"), ("image_size", 10**9),
+    ("cfe_scale", float("nan")), ("modules", [{}]), ("decoder", 1), ("__class__", "x")])
+def test_a_hostile_config_is_refused_before_anything_is_built(world, run, tmp_path, capsys, key, value):
+    checkpoint = tmp_path / "stage1-000003"
+    shutil.copytree(run / "stage1-000003", checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {key: value}))
+    begun = time.monotonic()
+    refused(capsys, arguments(world, tmp_path, "--stage", 1, "--steps", 3, "--resume"), "config.json", key)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_doubtful_data_set_is_warned_about_at_the_start(world, tmp_path, capsys):
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    path = root / "shapes" / "refs(shapes).p"
+    refs = data.load_refs(path)
+    train_refs = [r for r in refs if r["split"] == "train"]
+    train_refs[1]["sentences"][0]["sent_id"] = train_refs[0]["sentences"][0]["sent_id"]
+    next(r for r in refs if r["split"] == "test")["split"] = "tset"
+    path.write_bytes(pickle.dumps(refs))
+    main(arguments(root, tmp_path / "o", "--stage", 1, "--steps", 1))
+    printed = capsys.readouterr().err
+    assert "warning: shapes train: refs of unknown splits: 'tset'" in printed
+    assert "warning: shapes train: sentences with the sent_id of another: 1" in printed
+    assert "empty" not in printed
 
 
 def broken_world(world, root, share):
