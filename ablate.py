@@ -197,8 +197,8 @@ def main(args):
             print(f"row {i + 1} of {len(rows)}, seed {seed}: {name}", flush=True)
             cells.append(run_cell(args, change, seed, learn, held_out))
         results[name] = {"paper": paper, "seeds": cells}
-    print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, {args.seeds} seed(s); the paper's are "
-          "RISCLIP-B's on RefCOCOg's test split\n")
+    print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, {args.seeds} seed(s); the "
+          "paper's are RISCLIP-B's on RefCOCOg's test split\n")
     print(text_table([row_of(name, r["seeds"], r["paper"], args.table) for name, r in results.items()], args.markdown))
     written = [args.out]
     if args.table == 3:

@@ -277,7 +277,7 @@ def samples(model, dataset, count=12):
 
 
 def without(model, modules):
-    """The model with these of its modules alone: the others are switched off, not trained without."""
+    """The model with these of its modules alone: they were trained with the others, which are switched off."""
     part = RISCLIP(replace(model.config, modules=modules, decoder=False, clip="random")).to(model.map_threshold.device)
     state = model.state_dict()
     part.load_state_dict({k: state[k] for k in part.state_dict()})
@@ -311,7 +311,7 @@ def evolution(models, dataset, count=4):
     return contact_sheet(panels, columns=len(models) + 2)
 
 
-def cases(models, dataset, limit=150):
+def cases(models, dataset, limit=100):
     """(image, sentence, target, [(mask, IoU) of each model]) for every sentence of the first images."""
     found = []
     for views in zip(*(predictions(m, dataset, limit=limit) for m in models)):
@@ -323,12 +323,13 @@ def cases(models, dataset, limit=150):
     return found
 
 
-def extremes(found, score, count=12):
+def extremes(found, score, models=1, count=12):
     """Of cases, the sentence with the highest score in each image, and of those the highest: ground truth in blue,
-    then each model's mask in pink, their IoU under them."""
+    then the first models' masks in pink, their IoU under them."""
     best = {case[1].image: case for case in sorted(found, key=score)}  # the last of an image is its highest
     panels = []
     for image, sentence, target, predicted in sorted(best.values(), key=score)[:-count - 1:-1]:
+        predicted = predicted[:models]
         panels.append(panel([overlay(image, target, BLUE), *(overlay(image, mask, PINK) for mask, _ in predicted)],
                             f"{sentence.text} ({' / '.join(f'{iou:.2f}' for _, iou in predicted)})"))
     return contact_sheet(panels)
@@ -336,15 +337,15 @@ def extremes(found, score, count=12):
 
 def figures(model, other, dataset):
     """{file name: picture}: the paper's figures on a split. `other`: a second model (Figure A4), or None."""
-    rungs = [tuple(m for m in ("adapter", "cfe", "ske")[:n] if m in model.config.modules) for n in range(4)]
-    titles = ("frozen CLIP's map", "with the Adapters", "with CFE", "with SKE")
-    parts = {t: model if r == model.config.modules else without(model, r) for t, r in zip(titles, rungs)}
-    found = cases([model], dataset)
+    have = [m for m in ("adapter", "cfe", "ske") if m in model.config.modules]
+    parts = {" + ".join(["frozen CLIP", *have[:n]]): without(model, tuple(have[:n])) for n in range(len(have))}
+    parts[" + ".join(["frozen CLIP", *have])] = model
+    found = cases([m for m in (model, other) if m], dataset)
     pictures = {"samples.png": samples(model, dataset), "evolution.png": evolution(parts, dataset),
                 "good.png": extremes(found, lambda case: case[3][0][1]),
                 "failures.png": extremes(found, lambda case: -case[3][0][1])}
     if other is not None:
-        pictures["compared.png"] = extremes(cases([model, other], dataset), lambda case: case[3][1][1] - case[3][0][1])
+        pictures["compared.png"] = extremes(found, lambda case: case[3][1][1] - case[3][0][1], models=2)
     return pictures
 
 
@@ -377,7 +378,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="F", help="write the figures there")
     parser.add_argument("--figures", metavar="DIR", help="write the paper's figures there, by the protocol 'original': "
                         "samples.png (evenly spaced images), good.png and failures.png (Figures 3, A3; A1, A2: the "
-                        "highest and lowest IoU in 150 images), evolution.png (Figure 1, from this one model with its "
+                        "highest and lowest IoU in 100 images), evolution.png (Figure 1, from this one model with its "
                         "modules switched off; ablate.py --table 3 draws it from models trained with and without them)")
     parser.add_argument("--against", metavar="CHECKPOINT", help="with --figures: compared.png (Figure A4), where this "
                         "other checkpoint gains most IoU; its masks are the right ones")

@@ -29,7 +29,8 @@ def out(tmp_path_factory):
 
 def arguments(world, out, table, *more):
     return ablate.parse_args(["--table", str(table), "--data-root", str(world), "--out", str(out), "--steps", "2",
-                              "--batch-size", "4", "--image-size", "48", "--limit", "2", "--device", "cpu", *map(str, more)])
+                              "--batch-size", "4", "--image-size", "48", "--limit", "2", "--device", "cpu",
+                              *map(str, more)])
 
 
 @pytest.mark.parametrize("table, rows", [(3, 5), (4, 7), (5, 10)])
