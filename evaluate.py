@@ -2,6 +2,7 @@
 
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split val
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split testA --protocol lavt --json lavt.json
+    python evaluate.py runs/tiny --split test --figures figures --against runs/other
 
 The protocols differ, and the numbers with them; the paper names none:
 
