@@ -2,6 +2,7 @@
 
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split val
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split testA --protocol lavt --json lavt.json
+    python evaluate.py runs/tiny --split test --figures figures --against runs/other
 
 The protocols differ, and the numbers with them; the paper names none:
 
@@ -17,6 +18,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +277,79 @@ def samples(model, dataset, count=12):
     return contact_sheet(panels)
 
 
+def without(model, modules):
+    """The model with these of its modules alone: they were trained with the others, which are switched off."""
+    part = RISCLIP(replace(model.config, modules=modules, decoder=False, clip="random")).to(model.map_threshold.device)
+    state = model.state_dict()
+    part.load_state_dict({k: state[k] for k in part.state_dict()})
+    return part
+
+
+def heat(image, logits):
+    """PIL image, dark, with a patch map (h, w) in pink, from its lowest value to its highest."""
+    span = logits - logits.min()
+    span = Image.fromarray((span / span.max().clamp(min=1e-6)).cpu().numpy()).resize(image.size, Image.BILINEAR)
+    weight, pixels = np.asarray(span)[..., None], np.asarray(image.convert("RGB"), np.float32)
+    return Image.fromarray(((1 - weight) * 0.3 * pixels + weight * np.array(PINK)).clip(0, 255).astype(np.uint8))
+
+
+@torch.inference_mode()
+def evolution(models, dataset, count=4):
+    """Figure 1, a row for each of evenly spaced images: ground truth, the maps of {title: model}, the last one's mask.
+    """
+    panels, *_, last = [], *models.values()
+    items = ByImage(dataset, last.config.image_size, "original")
+    for i in range(0, len(items), max(1, len(items) // count))[:count]:
+        if isinstance(item := items[i], DataError):
+            raise item
+        image, pixels, (sentence, *_), masks = item
+        panels.append(panel([overlay(image, masks[sentence.ref], BLUE)], sentence.text))
+        for title, model in models.items():
+            (output,) = model.eval().outputs(pixels[None].to(model.map_threshold.device), [sentence.text])
+            panels.append(panel([heat(image, output["patch_logits"][0])], title))
+        mask = masks_from_output(output, last.config.image_size, *image.size)[0]
+        panels.append(panel([overlay(image, mask, PINK)], "its mask"))
+    return contact_sheet(panels, columns=len(models) + 2)
+
+
+def cases(models, dataset, limit=100):
+    """(image, sentence, target, [(mask, IoU) of each model]) for every sentence of the first images."""
+    found = []
+    for views in zip(*(predictions(m, dataset, limit=limit) for m in models)):
+        image, sentences, targets, _ = views[0]
+        for k, sentence in enumerate(sentences):
+            target, masks = targets[sentence.ref], [masks[MASK][k] for *_, masks in views]
+            ious = [(m & target).sum() / max(1, (m | target).sum()) for m in masks]
+            found.append((image, sentence, target, list(zip(masks, ious))))
+    return found
+
+
+def extremes(found, score, models=1, count=12):
+    """Of cases, the sentence with the highest score in each image, and of those the highest: ground truth in blue,
+    then the first models' masks in pink, their IoU under them."""
+    best = {case[1].image: case for case in sorted(found, key=score)}  # the last of an image is its highest
+    panels = []
+    for image, sentence, target, predicted in sorted(best.values(), key=score)[:-count - 1:-1]:
+        predicted = predicted[:models]
+        panels.append(panel([overlay(image, target, BLUE), *(overlay(image, mask, PINK) for mask, _ in predicted)],
+                            f"{sentence.text} ({' / '.join(f'{iou:.2f}' for _, iou in predicted)})"))
+    return contact_sheet(panels)
+
+
+def figures(model, other, dataset):
+    """{file name: picture}: the paper's figures on a split. `other`: a second model (Figure A4), or None."""
+    have = [m for m in ("adapter", "cfe", "ske") if m in model.config.modules]
+    parts = {" + ".join(["frozen CLIP", *have[:n]]): without(model, tuple(have[:n])) for n in range(len(have))}
+    parts[" + ".join(["frozen CLIP", *have])] = model
+    found = cases([m for m in (model, other) if m], dataset)
+    pictures = {"samples.png": samples(model, dataset), "evolution.png": evolution(parts, dataset),
+                "good.png": extremes(found, lambda case: case[3][0][1]),
+                "failures.png": extremes(found, lambda case: -case[3][0][1])}
+    if other is not None:
+        pictures["compared.png"] = extremes(found, lambda case: case[3][1][1] - case[3][0][1], models=2)
+    return pictures
+
+
 def model_flags(parser):
     """The flags that say which model, shared with predict.py; `load` reads them."""
     parser.add_argument("checkpoint", help="a run's --out, one checkpoint in it, or a name on the Hugging Face Hub")
@@ -302,21 +377,28 @@ def parse_args(argv=None):
     parser.add_argument("--split", default="val")
     parser.add_argument("--protocol", default="original", choices=("original", "lavt", "cris"))
     parser.add_argument("--json", metavar="F", help="write the figures there")
-    parser.add_argument("--figures", metavar="DIR", help="write samples.png there, drawn by the protocol 'original'")
+    parser.add_argument("--figures", metavar="DIR", help="write the paper's figures there, by the protocol 'original': "
+                        "samples.png (evenly spaced images), good.png and failures.png (Figures 3, A3; A1, A2: the "
+                        "highest and lowest IoU in 100 images), evolution.png (Figure 1, from this one model with its "
+                        "modules switched off; ablate.py --table 3 draws it from models trained with and without them)")
+    parser.add_argument("--against", metavar="CHECKPOINT", help="with --figures: compared.png (Figure A4), where this "
+                        "other checkpoint gains most IoU; its masks are the right ones")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: give 1 or more")
+    if args.against and not args.figures:
+        parser.error("--against draws a figure: say where with --figures DIR")
     return args
 
 
 def main(args):
     dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
-    figure = Path(args.figures) / "samples.png" if args.figures else None
-    for path in filter(None, (args.json, figure)):
+    for path in filter(None, (args.json, args.figures and Path(args.figures) / "samples.png")):
         check_writable(path)
     model = load(args)
+    other = load(argparse.Namespace(**vars(args) | {"checkpoint": args.against})) if args.against else None
     result = evaluate(model, dataset, args.protocol, args.workers, args.limit)[MASK]
     result |= {"dataset": args.dataset, "split": args.split}
     print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "
@@ -325,9 +407,11 @@ def main(args):
     if args.json:
         data.write_text(args.json, json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if figure:
-        save_picture(samples(model, dataset), figure)
-        print(f"wrote {figure}")
+    if args.figures:
+        pictures = figures(model, other, dataset)
+        for name, picture in pictures.items():
+            save_picture(picture, Path(args.figures) / name)
+        print(f"wrote {', '.join(pictures)} in {args.figures}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class Config:
     ske_layers: int = 6  # Table 5c
     ske_heads: int = 8
     ske_scale: float = 0.5
+    fusion: str = "mhca"  # what CFE and SKE fuse with; Table 4's others are in fusions.py
+    fine_tuned: bool = False  # Table 3's last row: CLIP learns as well, and is then part of a checkpoint
     map_temperature: float = 20.0  # of the cosine map, at the start; it and the threshold are learned
     map_threshold: float = 0.4  # the cosine at which map_patch is one half
     decoder_widths: tuple[int, ...] = (256, 128, 64, 32)  # D_4 ... D_1; the paper gives none
@@ -257,7 +259,10 @@ class SKEStream(nn.Module):
 
     def forward(self, x, own, other, keep=None, keep_other=None):
         """x (B, N, d); own, other: both modalities behind their `ln_cross`; keep: keys allowed in each."""
-        x = x + self.scales[0] * self.cross_attention(own, other, keep_other)
+        return self.within(x + self.scales[0] * self.cross_attention(own, other, keep_other), keep)
+
+    def within(self, x, keep=None):
+        """MHSA and MLP: the modality by itself."""
         y = self.ln_self(x)
         x = x + self.scales[1] * self.self_attention(y, y, keep)
         return x + self.scales[2] * self.mlp(self.ln_mlp(x))
@@ -340,6 +345,9 @@ class RISCLIP(nn.Module):
                                  for _ in range(config.cfe_layers * ("cfe" in config.modules)))
         self.ske = nn.ModuleList(SKE(shared_width, config.ske_heads, config.ske_scale)
                                  for _ in range(config.ske_layers * ("ske" in config.modules)))
+        if config.fusion != "mhca":
+            import fusions  # which itself needs Attention from here
+            fusions.replace_attention(self, config.fusion)
         # As a logarithm, like CLIP's own temperature, and a threshold rather than a bias: Adam moves each parameter by
         # about the learning rate a step, which on these two is enough to calibrate the map.
         self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
@@ -465,8 +473,8 @@ class RISCLIP(nn.Module):
         """config.json and model.safetensors: what was trained, and tiny's CLIP (B's and L's is downloaded again)."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("clip.")}
-        if self.config.backbone == "tiny":
+        state = {k: v.contiguous() for k, v in self.state_dict().items() if is_stored(k, self.config)}
+        if self.config.backbone == "tiny" and not self.config.fine_tuned:
             state |= {f"clip.{k}": v for k, v in clip_state(self.clip).items()}
         save_file(state, directory / "model.safetensors")
         config = dict(asdict(self.config), clip_fingerprint=fingerprint(self.clip))
@@ -486,15 +494,15 @@ class RISCLIP(nn.Module):
         config, expected = read_config(directory / "config.json")
         config = replace(config, **changes)
         state = read_safetensors(directory / "model.safetensors")
-        stored = {k.removeprefix("clip."): state.pop(k) for k in list(state) if k.startswith("clip.")}
-        model = cls(replace(config, clip="random") if stored else config)
+        stored = {k.removeprefix("clip."): state.pop(k) for k in list(state) if not is_stored(k, config)}
+        model = cls(replace(config, clip="random") if stored or config.fine_tuned else config)
         model.config = config
         if stored:
             load_clip_state(model.clip, stored)
-        if expected != fingerprint(model.clip):
+        if expected != fingerprint(model.clip) and not config.fine_tuned:
             raise DataError(f"{directory}: trained on other CLIP weights than {config.clip_name}/{config.clip}; "
                             "give the same with --clip")
-        have = {k for k in model.state_dict() if not k.startswith("clip.")}
+        have = {k for k in model.state_dict() if is_stored(k, config)}
         if wrong := sorted(have ^ set(state)):
             raise DataError(f"{directory / 'model.safetensors'}: missing or unexpected weights, {', '.join(wrong[:3])}")
         try:
@@ -523,6 +531,11 @@ def computes_bf16(device):
 
 
 # ---- Weight files ---------------------------------------------------------------------------------------------------
+
+def is_stored(key, config):
+    """Whether a weight of the model is in a checkpoint as it is: what learns. Frozen CLIP is not, or only in brief."""
+    return config.fine_tuned or not key.startswith("clip.")
+
 
 def clip_state(clip):
     """tiny CLIP's weights for a file: fp16, and of the 49,408 rows of the token table those of words it was trained on.

@@ -385,6 +385,7 @@ def check_run(args, stages):
 def build_model(args, stage):
     """The model that a stage starts or goes on from: its own newest checkpoint, stage 1's (for stage 2) or CLIP."""
     asked = {k: v for k, v in (("image_size", args.image_size), ("modules", args.modules)) if v is not None}
+    asked |= args.changes
     clip = {} if args.clip is None else {"clip": args.clip}
     source = find_checkpoint(args.out, stage) or (find_checkpoint(args.out, 1) if stage == 2 else None)
     if source is None:
@@ -396,7 +397,7 @@ def build_model(args, stage):
                 raise DataError(f"--{name.replace('_', '-')}: {source} was trained with {getattr(model.config, name)}, "
                                 f"not {value}")
     if stage == 1:
-        model.requires_grad_(True).clip.requires_grad_(False)
+        model.requires_grad_(True).clip.requires_grad_(model.config.fine_tuned)
     elif model.decoder is None:
         model.add_decoder()
     else:
@@ -516,6 +517,7 @@ def parse_args(argv=None):
     parser.add_argument("--workers", type=int, default=None, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.set_defaults(changes={})  # to the backbone's Config: for ablate.py
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.backbone
     if args.modules is not None:
@@ -546,6 +548,15 @@ def alone(out):
         yield
 
 
+def have_data(args):
+    """Writes the shapes world if it is asked for and not there."""
+    if args.dataset == "shapes":
+        print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
+              "--dataset refcoco --data-root DATA")
+        if not (Path(args.data_root) / "shapes" / "instances.json").exists():
+            data.make_shapes(args.data_root, SHAPES_IMAGES, seed=0)
+
+
 def main(args):
     stages = (1, 2) if args.stage == "all" else (int(args.stage),)
     check_run(args, stages)
@@ -562,11 +573,7 @@ def run_stages(args, stages):
     """The stages into --out, and what is reported of them -> exit code."""
     if stages == (0,):
         return pretrain(args, stage_settings(args, 0))
-    if args.dataset == "shapes":
-        print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
-              "--dataset refcoco --data-root DATA")
-        if not (Path(args.data_root) / "shapes" / "instances.json").exists():
-            data.make_shapes(args.data_root, SHAPES_IMAGES, seed=0)
+    have_data(args)
     splits = ["train", "val", "test" if args.dataset == "shapes" else "val"]
     splits = splits[:1] if args.dataset == "combined" else splits  # the union of Table 2 has no val split
     train, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split) for split in splits)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,14 +155,44 @@ def test_the_command_measures_every_sentence_once_under_every_protocol(world, ch
     for protocol in ("original", "lavt", "cris"):
         out = tmp_path / f"{protocol}.json"
         evaluate.main(evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "test", "--protocol",
-                                           protocol, "--json", str(out), "--figures", str(tmp_path / "figures")]))
+                                           protocol, "--json", str(out)]))
         result = json.loads(out.read_text())
         assert result["sentences"] == len(dataset.sentences) and result["images"] == len(dataset.images)
         assert (result["protocol"], result["dataset"], result["split"]) == (protocol, "shapes", "test")
         assert sum(k["sentences"] for k in result["kinds"].values()) == result["sentences"]
         assert {"oIoU", "mIoU", "P@0.5", "P@0.9", "seconds"} <= set(result)
     assert "mIoU attribute" in capsys.readouterr().out
-    assert Image.open(tmp_path / "figures" / "samples.png").width > 400
+
+
+def test_the_command_draws_the_papers_figures(world, checkpoint, tmp_path):
+    evaluate.main(evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--limit", "2", "--figures",
+                                       str(tmp_path / "figures"), "--against", str(checkpoint)]))
+    widths = {path.name: Image.open(path).width for path in (tmp_path / "figures").iterdir()}
+    assert set(widths) == {"samples.png", "good.png", "failures.png", "evolution.png", "compared.png"}
+    assert widths["evolution.png"] > 6 * 240 and widths["compared.png"] > widths["good.png"] > 480
+    with pytest.raises(SystemExit):
+        evaluate.parse_args([str(checkpoint), "--against", str(checkpoint)])
+
+
+def test_switching_all_modules_off_leaves_frozen_clips_map(tiny):
+    images, tokens = torch.randn(1, 3, 96, 96), tiny.tokenize(["the small red circle"])
+    frozen = RISCLIP(replace(tiny.config, modules=()))
+    frozen.map_scale, frozen.map_threshold = tiny.map_scale, tiny.map_threshold
+    with torch.no_grad():
+        parts = [evaluate.without(tiny, m).eval()(images, tokens)["patch_logits"] for m in ((), tiny.config.modules)]
+        wanted = [m.eval()(images, tokens)["patch_logits"] for m in (frozen, tiny)]
+    assert torch.equal(parts[0], wanted[0]) and torch.equal(parts[1], wanted[1])
+    assert not torch.equal(*parts)
+
+
+def test_extremes_take_the_best_sentence_of_each_image(monkeypatch):
+    image, target = Image.new("RGB", (8, 8)), np.eye(8, dtype=bool)
+    cases = [(image, SimpleNamespace(image=i, text=t), target, [(target, score)])
+             for i, t, score in ((0, "poor", 0.1), (0, "best", 0.9), (1, "only", 0.5), (2, "left out", 0.2))]
+    drawn = []
+    monkeypatch.setattr(evaluate, "panel", lambda pictures, caption: drawn.append(caption) or image)
+    evaluate.extremes(cases, lambda case: case[3][0][1], count=2)
+    assert drawn == ["best (0.90)", "only (0.50)"]
 
 
 def test_workers_do_not_change_the_figures(world, checkpoint):

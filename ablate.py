@@ -1,0 +1,214 @@
+"""The paper's Tables 3, 4 and 5 (Sec. 4.4), and Figure 1 from Table 3's models.
+
+    python ablate.py --table 3                                    the miniature, on the shapes world
+    python ablate.py --table 4 --seeds 3 --markdown --json table4.json
+    python ablate.py --table 5 --backbone B --dataset refcocog --data-root DATA     240 px, 50 epochs, as in Sec. 4.4
+
+A cell is one model: both stages of train.py with one change and one seed, then evaluate.py on the test split, kept in
+OUT/CELL-SEED with cell.json when it is done. Started again, a killed ablation goes on where it was; tables share cells.
+--modules, --stage and --seed are what a table varies; every other flag of train.py is taken as it is. With seeds, the
+table has mean +- sample standard deviation: a difference smaller than that says nothing.
+
+The miniature has half of B's layers, so Table 5 has half of the paper's counts there, beside the paper's own rows.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import train
+from data import DataError
+from evaluate import MASK, check_writable, evaluate, evolution, save_picture
+from risclip import CONFIGS, RISCLIP, find_checkpoint, is_stored
+
+SENTENCE = "the large red circle to the left of the small blue square"  # what a forward pass is counted on
+FULL = (62.64, 62.02)  # the paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split
+# A row: its name, the change to Config, the paper's mIoU and oIoU; in Table 5 P@0.5, 0.7 and 0.9 before them.
+TABLE_3 = [
+    ("frozen CLIP, decoder", {"modules": ()}, (23.86, 33.13)),
+    ("+ Adapters", {"modules": ("adapter",)}, (48.29, 50.98)),
+    ("+ CFE", {"modules": ("adapter", "cfe")}, (60.58, 58.39)),
+    ("+ SKE", {}, FULL),
+    ("all, CLIP fine-tuned", {"fine_tuned": True}, (57.88, 55.75)),
+]
+TABLE_4 = [
+    ("MHCA (ours)", {}, FULL),
+    ("MHSA on Concat", {"fusion": "mhsa"}, (62.63, 61.65)),
+    ("MHCA on Concat", {"fusion": "mhca-concat"}, (62.04, 60.87)),
+    ("PWAM, text to image", {"fusion": "pwam"}, (60.58, 59.29)),
+    ("PWAM, both ways", {"fusion": "pwam-2"}, (61.01, 59.39)),
+    ("SDF, text to image", {"fusion": "sdf"}, (59.8, 57.81)),
+    ("SDF, both ways", {"fusion": "sdf-2"}, (60.28, 58.87)),
+]
+TABLE_5 = {
+    "adapter_layers": {3: (71.81, 55.3, 11.29, 61.40, 60.84), 6: (72.73, 56.53, 11.87, 62.15, 61.33),
+                       9: (72.50, 57.44, 14.03, 62.31, 60.68), 12: (73.19, 57.68, 14.21, *FULL)},
+    "cfe_layers": {2: (72.56, 57.05, 14.16, 62.33, 61.34), 4: (72.33, 57.31, 13.89, 62.41, 61.47),
+                   6: (73.19, 57.68, 14.21, *FULL)},
+    "ske_layers": {2: (72.17, 56.72, 14.23, 62.30, 61.56), 4: (72.73, 57.68, 14.57, 62.79, 61.95),
+                   6: (73.19, 57.68, 14.21, *FULL)},
+}
+TITLES = {"adapter_layers": "Adapters, last N layers", "cfe_layers": "CFE, last N layers", "ske_layers": "SKE, N"}
+
+
+def table_rows(table, backbone):
+    """-> [(row name, change to Config, the paper's numbers)]."""
+    if table < 5:
+        return {3: TABLE_3, 4: TABLE_4}[table]
+    rows = []
+    for field, papers in TABLE_5.items():
+        own = getattr(CONFIGS[backbone], field) or max(papers) // (1 + (backbone == "tiny"))  # None: all layers
+        for theirs, numbers in papers.items():
+            n = theirs // 2 if backbone == "tiny" else theirs
+            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" (paper: {theirs})" if n != theirs else "")
+            rows.append((name, {} if n == own else {field: n}, numbers))
+    return rows
+
+
+def cell_name(change):
+    """{"modules": ("adapter", "cfe")} -> "modules-adapter+cfe"; the unchanged model is "full"."""
+    words = [f"{k}-{'+'.join(v) or 'none' if isinstance(v, tuple) else v}" for k, v in change.items()]
+    return "_".join(words) or "full"
+
+
+# ---- A cell ---------------------------------------------------------------------------------------------------------
+
+def costs(model):
+    """Parameters that a run trains (both stages), and the operations of a forward pass with one image and sentence."""
+    trained = sum(p.numel() for name, p in model.named_parameters() if is_stored(name, model.config))
+    size = model.config.image_size
+    # On the CPU and without fused attention, which the counter does not know.
+    model, fast = model.cpu().eval(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, size, size), model.tokenize([SENTENCE]))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return {"trained_parameters": trained, "flops": counter.get_total_flops()}
+
+
+def run_cell(args, change, seed, learn, held_out):
+    """Trains and evaluates one cell, or reads what it gave -> its result. Raises DataError if it was run otherwise."""
+    run = argparse.Namespace(**vars(args.run) | dict(out=args.out / f"{cell_name(change)}-{seed}", seed=seed,
+                                                     changes=change))
+    second = argparse.Namespace(**vars(run) | {"epochs": None})  # stage 2 has its one epoch, whatever --epochs
+    asked = {"change": change, "seed": seed, "dataset": run.dataset, "split": args.split, "limit": args.limit,
+             "image_size": run.image_size, "clip": run.clip, "accumulate": run.accumulate, "refs": len(learn.refs),
+             "stage 1": train.stage_settings(run, 1), "stage 2": train.stage_settings(second, 2)}
+    asked, file = json.loads(json.dumps(asked)), run.out / "cell.json"
+    if file.exists():
+        saved = data.read_json(file)
+        before = saved.get("asked", {}) if isinstance(saved, dict) else {}
+        if changed := [f"{k} was {before.get(k)}, now {v}" for k, v in asked.items() if before.get(k) != v]:
+            raise DataError(f"{file} is of another run ({changed[0]}): give another --out, or remove {run.out}")
+        return saved
+    run.out.mkdir(parents=True, exist_ok=True)
+    train.check_run(run, (1, 2))
+    train.run_stage(run, 1, learn)
+    model, _ = train.run_stage(second, 2, learn)
+    result = evaluate(model, held_out, workers=run.workers, limit=args.limit)[MASK]
+    result |= costs(model) | {"asked": asked}
+    data.write_text(file, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+# ---- A table --------------------------------------------------------------------------------------------------------
+
+def mean_and_spread(values):
+    """Two decimals, and the sample standard deviation where there is more than one value."""
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def row_of(name, cells, paper, table):
+    """A row's columns, from the results of its seeds and the paper's numbers."""
+    columns = [*(("P@0.5", "P@0.7", "P@0.9") if table == 5 else ()), "mIoU", "oIoU"]
+    row = {"": name} | {c: mean_and_spread([cell[c] for cell in cells]) for c in columns}
+    row |= {f"mIoU {kind}": mean_and_spread([cell["kinds"][kind]["mIoU"] for cell in cells])
+            for kind in cells[0].get("kinds", ())}
+    row |= {"trained, M": f"{cells[0]['trained_parameters'] / 1e6:.2f}", "GFLOPs": f"{cells[0]['flops'] / 1e9:.2f}"}
+    return row | {"paper " + " / ".join(columns): " / ".join(f"{p:.2f}" for p in paper)}
+
+
+def text_table(rows, markdown):
+    """Rows of equal keys, in Markdown or in columns."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    if markdown:
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def figure_1(args, held_out):
+    """OUT/figure1.png: the maps of Table 3's models of seed 0, each trained with its modules, and the last one's mask.
+    """
+    models = {name: RISCLIP.from_pretrained(find_checkpoint(args.out / f"{cell_name(change)}-0")).to(args.run.device)
+              for name, change, _ in TABLE_3[:4]}
+    save_picture(evolution(models, held_out), args.out / "figure1.png")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="more flags: those of train.py (python train.py --help)",
+                                     allow_abbrev=False)
+    parser.add_argument("--table", type=int, choices=(3, 4, 5), required=True)
+    parser.add_argument("--backbone", choices=("tiny", "B"), default="tiny")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="0 ... N - 1 (default: 1)")
+    parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and your own JSON, val)")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N images only")
+    parser.add_argument("--out", type=Path, help="the cells (default: runs/ablate-BACKBONE)")
+    parser.add_argument("--json", metavar="F", help="also write every cell's figures there")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    args, rest = parser.parse_known_args(argv)
+    args.out = args.out or Path("runs") / f"ablate-{args.backbone}"
+    args.run = train.parse_args(["--backbone", args.backbone, "--resume", *rest])
+    if (args.run.stage, args.run.modules, args.run.seed) != ("all", None, 0):
+        parser.error("--stage, --modules and --seed are what a table varies: leave them out")
+    for flag in ("seeds", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: give 1 or more")
+    if args.backbone == "B":  # Sec. 4.4
+        args.run.image_size = args.run.image_size or 240
+        args.run.epochs = args.run.epochs or 50
+    args.split = args.split or ("test" if args.run.dataset in ("shapes", "refcocog") else "val")
+    return args
+
+
+def main(args):
+    if args.json:
+        check_writable(args.json)
+    train.check_run(argparse.Namespace(**vars(args.run) | {"out": args.out}), (1, 2))
+    check_writable(args.out / "cell.json")
+    train.have_data(args.run)
+    learn, held_out = (data.RefCOCO(args.run.data_root, args.run.dataset, split) for split in ("train", args.split))
+    rows, results = table_rows(args.table, args.backbone), {}
+    for i, (name, change, paper) in enumerate(rows):
+        cells = []
+        for seed in range(args.seeds):
+            print(f"row {i + 1} of {len(rows)}, seed {seed}: {name}", flush=True)
+            cells.append(run_cell(args, change, seed, learn, held_out))
+        results[name] = {"paper": paper, "seeds": cells}
+    print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, {args.seeds} seed(s); the "
+          "paper's are RISCLIP-B's on RefCOCOg's test split\n")
+    print(text_table([row_of(name, r["seeds"], r["paper"], args.table) for name, r in results.items()], args.markdown))
+    written = [args.out]
+    if args.table == 3:
+        figure_1(args, held_out)
+        written.append(args.out / "figure1.png")
+    if args.json:
+        data.write_text(args.json, json.dumps({"table": args.table, "rows": results}, indent=1) + "\n")
+        written.append(args.json)
+    print(f"\nwrote {', '.join(map(str, written))}")
+
+
+if __name__ == "__main__":
+    sys.exit(data.run(main, parse_args()))

@@ -1,0 +1,136 @@
+"""Every row of Tables 3, 4 and 5 trains, and a killed ablation goes on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import ablate
+import data
+import fusions
+import train
+from risclip import CONFIGS, RISCLIP, find_checkpoint
+from shapes import write_shapes
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    write_shapes(root, 20, seed=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("ablation")
+
+
+def arguments(world, out, table, *more):
+    return ablate.parse_args(["--table", str(table), "--data-root", str(world), "--out", str(out), "--steps", "2",
+                              "--batch-size", "4", "--image-size", "48", "--limit", "2", "--device", "cpu",
+                              *map(str, more)])
+
+
+@pytest.mark.parametrize("table, rows", [(3, 5), (4, 7), (5, 10)])
+def test_every_row_trains_and_is_counted(small_world, out, table, rows, capsys):
+    ablate.main(arguments(small_world, out, table, "--json", out / "t.json", "--markdown"))
+    result = json.loads((out / "t.json").read_text())["rows"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(result) == rows and len(printed) == rows + 2
+    for name, row in result.items():
+        (cell,) = row["seeds"]
+        assert f"| {name} |" in "\n".join(printed) and 0 <= cell["mIoU"] <= 100 and cell["sentences"] > 0
+        assert cell["flops"] > 1e8 and cell["trained_parameters"] > 0
+    costs = {tuple(r["seeds"][0][k] for k in ("trained_parameters", "flops")) for r in result.values()}
+    assert len(costs) == (rows - 2 if table == 5 else rows)  # Table 5 has the full model three times
+    if table == 3:
+        assert Image.open(out / "figure1.png").width > 6 * 240
+
+
+@pytest.mark.parametrize("change", [{"fine_tuned": True}, {"fusion": "pwam-2"}, {"fusion": "mhsa"}])
+def test_a_changed_model_comes_back_as_it_was_saved(tiny, tmp_path, change):
+    model = RISCLIP(replace(tiny.config, **change))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    if not change.get("fine_tuned"):
+        model.clip = tiny.clip
+    model.eval().save_pretrained(tmp_path)
+    images, tokens = torch.randn(1, 3, 96, 96), model.tokenize(["the small red circle"])
+    with torch.no_grad():
+        maps = [m(images, tokens)["patch_logits"] for m in (model, RISCLIP.from_pretrained(tmp_path))]
+    assert torch.equal(*maps)
+
+
+def test_fine_tuning_moves_clip_and_nothing_else_does(small_world, out):
+    ablate.main(arguments(small_world, out, 3))
+    moved = {}
+    for cell in ("full", "fine_tuned-True"):
+        clip = RISCLIP.from_pretrained(find_checkpoint(out / f"{cell}-0", 1)).clip
+        start = RISCLIP(replace(CONFIGS["tiny"], image_size=48)).clip
+        moved[cell] = [not torch.equal(p, q) for p, q in zip(clip.parameters(), start.parameters())]
+    assert not any(moved["full"]) and sum(moved["fine_tuned-True"]) > 0.9 * len(moved["full"])
+
+
+@pytest.mark.parametrize("name", fusions.FUSIONS)
+def test_a_new_fusion_changes_nothing_and_padding_never_does(tiny, name):
+    """Before training the map is frozen CLIP's; after it, a sentence's map does not depend on what it is batched with.
+    """
+    torch.manual_seed(0)
+    frozen = RISCLIP(replace(tiny.config, modules=())).eval()
+    model = RISCLIP(replace(tiny.config, fusion=name)).eval()
+    images, short = torch.randn(1, 3, 96, 96), model.tokenize(["the red circle"])
+    both = model.tokenize(["the red circle", ablate.SENTENCE])
+    assert both.size(1) > short.size(1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, short), frozen(images, short), rtol=0, atol=1e-5)
+        for module in (model.cfe, model.ske, model.image_adapters):
+            for p in module.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        alone = model(images, short)["patch_logits"]
+        together = model(images, both, torch.zeros(2, dtype=torch.long))["patch_logits"][:1]
+    assert (alone - frozen(images, short)["patch_logits"]).abs().max() > 1e-2
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(small_world, tmp_path, monkeypatch):
+    evaluated, kept = [], ablate.evaluate
+
+    def dies_at_the_second(model, *more, **options):
+        evaluated.append(model.config.modules)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return kept(model, *more, **options)
+    monkeypatch.setattr(ablate, "evaluate", dies_at_the_second)
+    monkeypatch.setattr(ablate, "TABLE_3", ablate.TABLE_3[:2])
+    monkeypatch.setattr(ablate, "figure_1", lambda *_: None)
+    args = arguments(small_world, tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(args)
+    steps = []
+    monkeypatch.setattr(train, "locator_loss", lambda *_: steps.append(1))
+    ablate.main(args)  # both stages of the second cell were trained: none is again
+    assert evaluated == [(), ("adapter",), ("adapter",)] and not steps
+
+
+def test_another_run_in_the_same_place_is_refused(small_world, out, capsys):
+    ablate.main(arguments(small_world, out, 3))
+    capsys.readouterr()
+    assert data.run(ablate.main, arguments(small_world, out, 3, "--lr", 1)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "cell.json" in error and "--out" in error
+
+
+def test_mean_and_sample_standard_deviation():
+    assert ablate.mean_and_spread([1.0]) == "1.00" and ablate.mean_and_spread([1.0, 2.0, 3.0]) == "2.00 +- 1.00"
+
+
+def test_the_papers_settings_are_the_ablations():
+    args = ablate.parse_args(["--table", "5", "--backbone", "B", "--dataset", "refcocog"])
+    assert (args.run.image_size, args.run.epochs, args.split) == (240, 50, "test")
+    assert [tuple(change.values()) for _, change, _ in ablate.table_rows(5, "B")] == [
+        (3,), (6,), (9,), (), (2,), (4,), (), (2,), (4,), ()]
+    with pytest.raises(SystemExit):
+        ablate.parse_args(["--table", "3", "--seed", "1"])
