@@ -2,12 +2,13 @@
 
 import atexit
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-MAIN = RANK == 0  # the process that writes
+MAIN = RANK == 0  # the process that writes, and prints
 
 
 def start(device):
@@ -19,6 +20,8 @@ def start(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     atexit.register(dist.destroy_process_group)
+    if not MAIN:
+        sys.stdout = open(os.devnull, "w")
 
 
 def gather(value):

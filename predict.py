@@ -118,8 +118,7 @@ def predict_jsonl(args):
                 write(line=n, image=name, sentence=sentence, **result)
     parallel.gather(None)
     errors = sum("error" in record for record in read_done(out).values())
-    if parallel.MAIN:
-        print(f"wrote {out}: {len(lines)} lines, {errors} of them with an error")
+    print(f"wrote {out}: {len(lines)} lines, {errors} of them with an error")
     return 1 if errors else 0
 
 
