@@ -188,6 +188,12 @@ def main(args):
         check_writable(args.json)
     train.check_run(argparse.Namespace(**vars(args.run) | {"out": args.out}), (1, 2))
     check_writable(args.out / "cell.json")
+    with train.alone(args.out):
+        return run_table(args)
+
+
+def run_table(args):
+    """Every cell of the table, and what is printed and drawn of them."""
     train.have_data(args.run)
     learn, held_out = (data.RefCOCO(args.run.data_root, args.run.dataset, split) for split in ("train", args.split))
     rows, results = table_rows(args.table, args.backbone), {}

@@ -1,4 +1,5 @@
-"""What the fused kernels cost and save: `python bench.py kernels`.
+"""What the fused kernels cost and save: `python bench.py kernels`; what the model costs: `python bench.py model`; what
+reading a training batch costs: `python bench.py loader`.
 
 Every kernel is compiled ahead of time for three generations of GPU: registers, spilled bytes, shared memory, the
 tensor-core instruction. The bytes that each path moves are counted, and a roofline turns them into the least time that
@@ -9,6 +10,12 @@ How bytes are counted. Eager PyTorch: the tensors that each operator reads and w
 tensors that each kernel is handed. That a kernel brings each of them from memory once is what the tiling is made for
 (see _tile in kernels/adapter.py); that it accesses nothing else is tested in the interpreter. Counted on meta tensors,
 which have shapes and no data.
+
+How the model's FLOPs are counted: as they are dispatched, 2 M K N for a product of (M, K) and (K, N), 4 n m d for
+attention of n queries on m keys of width d (backward 10 n m d, with the scores computed again), for a convolution
+2 x outputs x weights of a filter. All else (norms, softmax, resizing) counts nothing. So a layer of width D takes
+24 n D^2 + 4 n^2 D for its n tokens, an Adapter of bottleneck H 4 n D H. The share is these FLOPs a second over those of
+a product of two square matrices in the same dtype, measured between the model's runs.
 """
 
 import argparse
@@ -18,17 +25,25 @@ import io
 import json
 import math
 import re
+import statistics
 import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 import data
 import kernels
+import risclip
 from data import DataError
 from kernels import backend
+from train import locator_loss, refiner_loss
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}  # CUDA compute capability (sm_80 ...) and a card that has it
 # Bytes and bf16 operations a second, from NVIDIA's data sheets (SXM, 80 GB, without sparsity).
@@ -276,12 +291,167 @@ def kernels_command(args):
     return dict(compiled=compiled, traffic=rows)
 
 
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of every torch operator under the part of the model that it is dispatched in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.parts, self.part, self.hooks = Counter(), "image tower", []
+        marked = {risclip.Adapter: "Adapters", risclip.CFE: "CFE", risclip.SKE: "SKE", risclip.Decoder: "decoder"}
+        for module in model.modules():
+            if part := marked.get(type(module)):
+                self.watch(module, part)
+        for part, tower in ("image tower", model.visual), ("text tower", model.clip):
+            for block in tower.transformer.resblocks:
+                self.watch(block.ln_1, part)
+                self.watch(block.ln_2, part)  # after an Adapter
+
+    def watch(self, module, part):
+        """What is dispatched from the module on counts for the part."""
+        self.hooks.append(module.register_forward_pre_hook(lambda *_: setattr(self, "part", part)))
+
+    def __enter__(self):
+        self.fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it dispatches one operator for all of open_clip's attention
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.backends.mha.set_fastpath_enabled(self.fast)
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+        out = op(*args, **(kwargs or {}))
+        if op.overloadpacket == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.parts[self.part] += sdpa_flop_count(*(t.shape for t in args[:3]))
+        elif op.overloadpacket == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.parts[self.part] += sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+        elif count := flop_registry.get(op.overloadpacket):
+            self.parts[self.part] += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def kept_bytes(model, forward):
+    """Bytes that a forward pass keeps for backward, each memory once, weights not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}  # address -> bytes
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def seconds(function):
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def model_command(args):
+    """Inference of one sentence and of several of an image, a sample of stage 1 and of stage 2. Returns what --json
+    holds."""
+    device, rows, size = args.device, [], 2048
+    config = replace(risclip.CONFIGS[args.backbone], clip="random")
+    config = replace(config, image_size=args.image_size or config.image_size)
+    model, S, n = risclip.RISCLIP(config).to(device), config.image_size, args.sentences
+    tokens = model.tokenize(["the second giraffe from the left looking up"] * n).to(device)
+    batch = {"images": torch.randn(1, 3, S, S, device=device), "tokens": tokens[:1],
+             "masks": torch.rand(1, S, S, device=device) > 0.5, "image_index": torch.zeros_like(tokens[:1, 0])}
+
+    def infer(k):
+        with torch.no_grad():
+            return model(batch["images"], tokens[:k], torch.zeros_like(tokens[:k, 0]))
+
+    # name -> sentences, forward pass, whether a backward pass follows
+    works = {"inference, 1 sentence": (1, lambda: infer(1), False),
+             f"inference, {n} sentences of an image": (n, lambda: infer(n), False),
+             "stage 1, a sample": (1, lambda: locator_loss(model, batch), True),
+             "stage 2, a sample": (1, lambda: refiner_loss(model, batch), True)}
+    parts = ("image tower", "text tower", "Adapters", "CFE", "SKE", "decoder", "backward")
+    for precision in ("fp32", "bf16") if risclip.computes_bf16(device) else ("fp32",):
+        model.config, model.decoder = replace(config, precision=precision), None
+        model.requires_grad_(True).clip.requires_grad_(False)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        product = partial(torch.mm, *torch.randn(2, size, size, device=device, dtype=dtype))
+        for name, (sentences, forward, trains) in works.items():
+            if name.startswith("stage 2"):
+                model.add_decoder()
+            model.train(trains)
+            with Flops(model) as flops:
+                out = forward()
+                if trains:
+                    flops.part = "backward"
+                    out.backward()
+            times = [(seconds(product), seconds(lambda f=forward, t=trains: f().backward() if t else f()))
+                     for _ in range(args.runs)]
+            reference, took = (statistics.median(t) for t in zip(*times))
+            total, rate = sum(flops.parts.values()), 2 * size**3 / reference
+            rows.append({"": name, "precision": precision, "GFLOP": f"{total / 1e9:.1f}",
+                         "GFLOP/s": f"{total / took / 1e9:.1f}", "product's": f"{rate / 1e9:.1f}",
+                         "share": f"{total / took / rate:.2f}", "sentences/s": f"{sentences / took:.3g}",
+                         "MB kept": f"{kept_bytes(model, forward) / 1e6:.0f}" if trains else "-",
+                         **{part: f"{flops.parts[part] / total:.0%}" for part in parts}})
+    print(f"{args.backbone} at {S} pixels on {device}, {torch.get_num_threads()} threads, medians of {args.runs} runs, "
+          f"products of {size} x {size}, each part's share of the FLOPs:\n\n{table(rows)}")
+    return dict(rows=rows, backbone=args.backbone, image_size=S, threads=torch.get_num_threads(), runs=args.runs)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def loader_command(args):
+    """Samples a second of a training epoch, augmented: one sentence a decode, and --per-image sentences of an image."""
+    dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
+    samples, rates = data.Samples(dataset, args.image_size, augment=True), {}
+    for _ in range(args.runs):
+        for per_image in (1, args.per_image):
+            plan = [batch for epoch in range(args.epochs)
+                    for batch in data.plan_epoch(dataset, epoch, 0, args.batch_size, per_image)]
+            loader = DataLoader(samples, batch_sampler=plan, collate_fn=data.collate, num_workers=args.workers)
+            start, count = time.perf_counter(), 0
+            for batch in loader:
+                count += len(batch["texts"])
+            rates.setdefault(per_image, []).append(count / (time.perf_counter() - start))
+    medians = {per_image: statistics.median(r) for per_image, r in rates.items()}
+    for per_image, rate in medians.items():
+        print(f"{per_image} of an image at a time: {rate:.1f} samples/s, {rate / medians[1]:.2f} of one by one")
+    return dict(samples_per_s=medians, image_size=args.image_size, workers=args.workers)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("kernels", help="resources, bytes and rooflines of the fused kernels")
-    command.add_argument("--json", metavar="F", help="also write the figures to this file")
     command.set_defaults(run=kernels_command)
+    command = commands.add_parser("model", help="FLOPs by part, share of the product rate, bytes kept for backward")
+    command.add_argument("--backbone", choices=tuple(risclip.CONFIGS), default="tiny")
+    command.add_argument("--image-size", type=int, help="pixels (default: the backbone's)")
+    command.add_argument("--sentences", type=int, default=7, help="of one image (default: 7)")
+    command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=model_command)
+    command = commands.add_parser("loader", help="samples a second, decoding an image once for several sentences")
+    command.add_argument("--dataset", default="shapes")
+    command.add_argument("--data-root", default="data")
+    command.add_argument("--split", default="all")
+    for flag, default in (("image-size", 640), ("per-image", 4), ("batch-size", 16), ("epochs", 4), ("workers", 0),
+                          ("runs", 3)):
+        command.add_argument(f"--{flag}", type=int, default=default, help=f"default: {default}")
+    command.set_defaults(run=loader_command)
+    for command in commands.choices.values():
+        command.add_argument("--json", metavar="F", help="also write the figures to this file")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split val
     python evaluate.py runs/B --dataset refcoco --data-root DATA --split testA --protocol lavt --json lavt.json
     python evaluate.py runs/tiny --split test --figures figures --against runs/other
+    torchrun --nproc-per-node 8 evaluate.py ...          the same figures: each process takes its share of the images
 
 The protocols differ, and the numbers with them; the paper names none:
 
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+import parallel
 from data import DataError
 from risclip import RISCLIP, score_maps
 
@@ -101,10 +103,10 @@ def masks_from_output(output, size, width, height, protocol="original", threshol
 class ByImage(Dataset):
     """One item an image: the image, its pixels for the network, its sentences, their ground truth; or a DataError."""
 
-    def __init__(self, dataset, size, protocol, limit=None, every=1):
+    def __init__(self, dataset, size, protocol, limit=None, every=1, share=(0, 1)):
         self.dataset, self.size, self.protocol = dataset, size, protocol
         (items,) = data.plan_eval(dataset, len(dataset))
-        self.items = items[::every][:limit]
+        self.items = items[::every][:limit][share[0]::share[1]]
 
     def __len__(self):
         return len(self.items)
@@ -127,15 +129,16 @@ MASK = ("mask_logits", None)  # a readout: the model's output and the threshold 
 
 
 @torch.inference_mode()
-def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,), every=1):
+def predictions(model, dataset, protocol="original", workers=0, limit=None, readouts=(MASK,), every=1, share=(0, 1)):
     """Yields (image, sentences, targets by ref, masks by readout, (K, H, W) each) for every image with its K sentences.
 
     The sentences of an image share its forward pass, nothing else does: results depend on no batch size. The readout
-    ("patch_logits", t) is the map upsampled bilinearly and cut at probability t, as if there were no decoder.
+    ("patch_logits", t) is the map upsampled bilinearly and cut at probability t, as if there were no decoder. share
+    (r, n): every n-th image from the r-th on.
     """
     model.eval()
     device, size = model.map_threshold.device, model.config.image_size
-    loader = DataLoader(ByImage(dataset, size, protocol, limit, every), batch_size=None, num_workers=workers,
+    loader = DataLoader(ByImage(dataset, size, protocol, limit, every, share), batch_size=None, num_workers=workers,
                         collate_fn=lambda item: item)
     for item in tqdm(loader, "evaluate", unit="image", leave=False):
         if isinstance(item, DataError):
@@ -153,12 +156,19 @@ def evaluate(model, dataset, protocol="original", workers=0, limit=None, readout
     """-> for each readout RISMetrics.compute() over all sentences, and under "kinds" by kind of expression, if any."""
     strict, start, images = protocol == "cris", time.time(), 0
     metrics = {readout: {None: RISMetrics(strict)} for readout in readouts}
-    for _, sentences, targets, masks in predictions(model, dataset, protocol, workers, limit, readouts):
+    share = (parallel.RANK, parallel.WORLD)
+    for _, sentences, targets, masks in predictions(model, dataset, protocol, workers, limit, readouts, share=share):
         images += 1
         for readout, by_kind in metrics.items():
             for sentence, mask in zip(sentences, masks[readout]):
                 for kind in {None, sentence.kind}:
                     by_kind.setdefault(kind, RISMetrics(strict)).update(mask, targets[sentence.ref])
+    (images, metrics), *others = parallel.gather((images, metrics))
+    for more, theirs in others:
+        images += more
+        for readout, by_kind in theirs.items():
+            for kind, m in by_kind.items():
+                metrics[readout].setdefault(kind, RISMetrics(strict)).pairs += m.pairs
     results = {}
     for readout, by_kind in metrics.items():
         results[readout] = by_kind.pop(None).compute()
@@ -394,6 +404,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    parallel.start(args.device)
     dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
     for path in filter(None, (args.json, args.figures and Path(args.figures) / "samples.png")):
         check_writable(path)
@@ -404,10 +415,10 @@ def main(args):
     print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "
           f"{result['images']} images")
     print(table({str(args.checkpoint): result}))
-    if args.json:
+    if args.json and parallel.MAIN:
         data.write_text(args.json, json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if args.figures:
+    if args.figures and parallel.MAIN:
         pictures = figures(model, other, dataset)
         for name, picture in pictures.items():
             save_picture(picture, Path(args.figures) / name)

@@ -2,16 +2,30 @@
 
     python predict.py runs/B photo.jpg "the giraffe looking up"
     python predict.py runs/B photo.jpg "left vase" "the vase with flowers" --out overlay.png --mask mask.png
+    python predict.py runs/B --jsonl in.jsonl --out out.jsonl        many; torchrun shares them among processes
+
+A line of in.jsonl is {"image": "a.jpg", "sentence": "left vase"}, the path relative to in.jsonl. A line of out.jsonl
+has its number ("line", from 1), image and sentence, the mask as COCO's run lengths ("segmentation") and as "score" the
+mean probability of the foreground in it; or, where a line is bad, its number and the "error". Started again, it goes on
+with the lines that are not in out.jsonl yet.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from pycocotools import mask as coco
+from tqdm import tqdm
 
 import data
+import parallel
+from data import DataError
 from evaluate import PINK, check_writable, contact_sheet, load, model_flags, overlay, panel, save_picture
+from risclip import score_maps
 
 
 def numbered(path, i, count):
@@ -20,17 +34,117 @@ def numbered(path, i, count):
     return path if count == 1 else path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
 
 
+# ---- Many lines -----------------------------------------------------------------------------------------------------
+
+def parse_line(number, line, folder, outside):
+    """A line of in.jsonl -> image as written, its path, sentence. Raises DataError for a bad one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"line {number} is not valid JSON ({data.one_line(error)[:100]})") from error
+    where = f"line {number}"
+    name, sentence = data._need(record, "image", str, where), data._need(record, "sentence", str, where)
+    path = folder / name if outside else data._inside([folder], name, where)
+    return name, path, data._text(sentence, f"{where}: sentence")
+
+
+def read_done(path):
+    """-> {line number: record} of an out.jsonl, if there is one; a last line that was cut short is cut off it.
+
+    Raises DataError if the file is something else: it stays as it is.
+    """
+    if not path.exists():
+        return {}
+    content = data.read_bytes(path)
+    whole = content.rfind(b"\n") + 1
+    torn, start = content[whole:], b'{"line": '
+    try:
+        records = {r["line"]: r for r in map(json.loads, content[:whole].splitlines())}
+        if not start.startswith(torn[:len(start)]):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"--out {path} exists and is no output of --jsonl: give another place") from error
+    if torn:
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+    return records
+
+
+@torch.inference_mode()
+def segment_lines(model, image, sentences):
+    """PIL image and sentences -> for each of them the mask's run lengths and its score."""
+    pixels = data.preprocess(image, model.config.image_size)[None].to(model.map_threshold.device)
+    for output in model.outputs(pixels, sentences):
+        scores = score_maps(output, image.size[::-1])  # (K, 2, H, W)
+        for mask, probability in zip(scores.argmax(dim=1).bool(), scores[:, 1].sigmoid()):
+            rle = coco.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+            score = probability[mask].mean().item() if mask.any() else 0.0
+            yield {"segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}, "score": score}
+
+
+def predict_jsonl(args):
+    """in.jsonl -> out.jsonl. -> exit code: 1 if there are bad lines."""
+    source, out = Path(args.jsonl), Path(args.out)
+    if source.resolve() == out.resolve():
+        raise DataError(f"--out {out} is --jsonl as well: give two places")
+    lines = {n: line for n, line in enumerate(data.read_bytes(source).split(b"\n"), 1) if line.strip()}
+    check_writable(out)
+    parallel.start(args.device)
+    done = parallel.gather(read_done(out) if parallel.MAIN else None)[0]
+    images, bad = {}, []  # path -> (number, image as written, sentence) of each of its lines; records of bad lines
+    for n, line in lines.items():
+        try:
+            name, path, sentence = parse_line(n, line, source.parent, args.outside)
+        except DataError as error:
+            bad += [] if n in done else [{"line": n, "error": data.one_line(error)}]
+            continue
+        if n not in done:
+            images.setdefault(path, []).append((n, name, sentence))
+        elif (done[n].get("image", name), done[n].get("sentence", sentence)) != (name, sentence):
+            raise DataError(f"--out {out} has another image or sentence in line {n} than --jsonl: give another place")
+    model = load(args)
+    with open(out, "ab", buffering=0) as file:
+        def write(**record):
+            file.write(json.dumps(record).encode() + b"\n")  # at once, so that a line stays whole among processes
+
+        for record in bad if parallel.MAIN else ():
+            write(**record)
+        for path, wanted in tqdm(list(images.items())[parallel.RANK::parallel.WORLD], "predict", unit="image"):
+            try:
+                results = segment_lines(model, data.open_image(path), [sentence for *_, sentence in wanted])
+            except DataError as error:
+                results = [{"error": data.one_line(error)}] * len(wanted)
+            for (n, name, sentence), result in zip(wanted, results):
+                write(line=n, image=name, sentence=sentence, **result)
+    parallel.gather(None)
+    errors = sum("error" in record for record in read_done(out).values())
+    print(f"wrote {out}: {len(lines)} lines, {errors} of them with an error")
+    return 1 if errors else 0
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
-    parser.add_argument("image")
-    parser.add_argument("sentences", nargs="+", metavar="sentence")
-    parser.add_argument("--out", default="overlay.png", help="the image with the mask in pink (default: overlay.png)")
+    parser.add_argument("image", nargs="?")
+    parser.add_argument("sentences", nargs="*", metavar="sentence")
+    parser.add_argument("--out", help="the image with the mask in pink (default: overlay.png), or the file for --jsonl")
     parser.add_argument("--mask", help="also write the mask itself, white on black; -1, -2 ... for several sentences")
-    return parser.parse_args(argv)
+    parser.add_argument("--jsonl", metavar="IN", help="a file of images and sentences; give --out")
+    parser.add_argument("--outside", action="store_true", help="let --jsonl name images outside its own folder")
+    args = parser.parse_args(argv)
+    if args.jsonl and (args.image or args.mask or not args.out):
+        parser.error("--jsonl takes --out, no image, sentence or --mask")
+    if not args.jsonl and not args.sentences:
+        parser.error("give an image and a sentence, or --jsonl")
+    args.out = args.out or "overlay.png"
+    return args
 
 
 def main(args):
+    if args.jsonl:
+        return predict_jsonl(args)
     if not all(text.strip() for text in args.sentences):
         raise data.DataError("empty sentence: say what to segment")
     image = data.open_image(args.image)

@@ -4,6 +4,7 @@
     python train.py --backbone B --stage 1 --dataset refcoco --data-root DATA --out runs/B
     python train.py --backbone B --stage 2 --dataset refcoco --data-root DATA --out runs/B
     python train.py --backbone tiny --stage 0 --out runs/tiny_clip      how assets/tiny_clip.safetensors was made
+    torchrun --nproc-per-node 8 train.py ...                            stages 1 and 2 on eight GPUs
 
 Stage 1 aligns the patch-level map with the downsampled mask: Adapters, CFE and SKE learn. Stage 2 aligns the
 pixel-level map with the mask: the decoder alone learns, all else is frozen.
@@ -13,12 +14,13 @@ import argparse
 import fcntl
 import json
 import math
+import os
 import resource
 import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from tqdm import tqdm
 
 import data
 import kernels
+import parallel
 from data import DataError, read_json
 from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
 from risclip import (
@@ -124,14 +127,17 @@ def contrastive_loss(clip, batch):
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 def sample_batches(model, dataset, settings, args, start):
-    """Batches of stages 1 and 2 from optimizer step `start` on, each in `args.accumulate` parts. What step i holds
-    follows from the seed alone, so that a resumed run sees what an unbroken one does."""
+    """Batches of stages 1 and 2 from optimizer step `start` on, each in `args.accumulate` parts for every process. What
+    step i holds follows from the seed alone, so that a resumed run sees what an unbroken one does, and any number of
+    processes what one does."""
+    parts = args.accumulate * parallel.WORLD
+
     def plan():
         epoch, step = 0, 0
         while True:
             for items in data.plan_epoch(dataset, epoch, args.seed, settings["batch_size"], settings["per_image"]):
                 if step >= start:
-                    yield from (items[k::args.accumulate] for k in range(args.accumulate))
+                    yield from (items[k::parts] for k in range(parallel.RANK, parts, parallel.WORLD))
                 step += 1
             epoch += 1
 
@@ -163,6 +169,10 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
 
     `batches(start)` yields batches from that step on; `save(directory)` writes the weights. -> whether no more than 1 %
     of the samples had to be skipped.
+
+    Under torchrun each process takes its part of every batch, and what they add up is the gradients: a step is then
+    that of one process with as many --accumulate. So it is for batch norm, which sees a part at a time (SyncBatchNorm
+    needs CUDA, and that no part is empty); its running statistics become the processes' mean.
     """
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([
@@ -170,31 +180,41 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
         {"params": [p for name, p in trained.items() if not decays(name, p)], "weight_decay": 0.0}], lr=settings["lr"])
     run = {**settings, "stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset,
            "accumulate": args.accumulate}
+    running = [b for name, b in net.named_buffers() if "running_" in name]
     step, seen, skipped, bad = 0, 0, 0, 0
     if checkpoint := find_checkpoint(args.out, stage):
         step, seen, skipped = load_training_state(checkpoint, optimizer, net, run)
         if step == steps:
             print(f"{checkpoint} is finished: nothing left to train in stage {stage}")
     net.train()
-    stream, clock, since, saved = batches(step), time.time(), seen, step
+    stream, clock, since, stopped = batches(step), time.time(), seen, 0
     with (stop_signals() as asked, open_log(args.out, stage, step) as log,
-          tqdm(total=steps, initial=step, desc=f"stage {stage}") as bar):
-        while step < steps and not asked:
+          tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=not parallel.MAIN) as bar):
+        while step < steps and not stopped:
             lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * (1 - step / steps) ** 0.9
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            total, count, sent_ids = 0.0, 0, []
+            total, count, lost, sent_ids = 0.0, 0, 0, []
             statistics = [b.clone() for b in net.buffers()]
             for _ in range(args.accumulate):
                 batch = next(stream)
-                skipped += batch["lost"]
+                lost += batch["lost"]
                 if n := len(batch["texts"]):
                     batch = {k: v.to(args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                     loss = loss_of(net, batch) * n
                     loss.backward()
                     total, count = total + loss.item(), count + n
                     sent_ids += batch.get("sent_ids", [])
-            seen, gradients = seen + count, [p.grad for p in trained.values() if p.grad is not None]
+            own, shares = count, parallel.gather((total, count, lost, sent_ids, max(asked, default=0)))
+            total, count, lost = (sum(share[i] for share in shares) for i in range(3))
+            seen, skipped, stopped = seen + count, skipped + lost, max(share[4] for share in shares)
+            if parallel.WORLD > 1 and count:
+                for p in trained.values():  # None where all of a process's images are broken
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                for b in running:
+                    b *= own / count
+                parallel.add_up([*(p.grad for p in trained.values()), *running])
+            gradients = [p.grad for p in trained.values() if p.grad is not None]
             for g in gradients:
                 g /= count  # the mean over the step's sentences, however many parts they came in
             finite = math.isfinite(total) and all(g.isfinite().all() for g in gradients)
@@ -212,28 +232,28 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
                         "samples_per_s": (seen - since) / (now - clock), "memory_gib": memory_gib(args.device)}
                 clock, since = now, seen
                 if not finite:
-                    line |= {"skipped_step": True, "sent_ids": sent_ids}
+                    line |= {"skipped_step": True, "sent_ids": [i for share in shares for i in share[3]]}
                 print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}")
             bar.update()
             if bad == 5:
                 raise SystemExit(f"stage {stage} stopped at step {step}: the loss was not finite 5 times in a row; "
                                  f"the last good checkpoint is in {args.out}")
-            if step % settings["save_every"] == 0 or step == steps or asked:
+            if parallel.MAIN and (step % settings["save_every"] == 0 or step == steps or stopped):
                 save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
-                saved = step
-    if asked:
-        if saved != step:  # the signal came between two steps
-            save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
-        print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
-        raise SystemExit(128 + asked[0])
-    draw_curve(args.out)
-    if skipped:
+    parallel.gather(None)  # what follows reads the checkpoint
+    if stopped:
+        if parallel.MAIN:
+            print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
+        raise SystemExit(128 + stopped)
+    if parallel.MAIN:
+        draw_curve(args.out)
+    if skipped and parallel.MAIN:
         print(f"{skipped} samples were skipped: image or mask missing or broken", file=sys.stderr)
-    if skipped > 0.01 * (seen + skipped):
+    sound = skipped <= 0.01 * (seen + skipped)
+    if not sound and parallel.MAIN:
         print(f"more than 1 % of {seen + skipped} samples were skipped: see `python data.py check`", file=sys.stderr)
-        return False
-    return True
+    return sound
 
 
 def decays(name, p):
@@ -427,7 +447,7 @@ def stage_settings(args, stage):
         settings |= {"batch_size": {"B": 96, "L": 56}.get(args.backbone, settings["batch_size"])}  # Sec. A.1
     if args.epochs:
         settings |= {"epochs": args.epochs, "steps": None}
-    given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr")}
+    given = {k: getattr(args, k) for k in ("steps", "batch_size", "per_image", "lr")}
     return settings | {k: v for k, v in given.items() if v is not None} | {"precision": args.precision}
 
 
@@ -439,7 +459,7 @@ def report(args, model, train, val, held_out):
         frozen.clip = model.clip
         models = {"frozen CLIP's map": frozen, **models}
     known = {image.file_name for image in train.images}.intersection(image.file_name for image in held_out.images)
-    if known:
+    if known and parallel.MAIN:
         print(f"warning: {len(known)} of the {len(held_out.images)} images evaluated on were trained on",
               file=sys.stderr)
     for name, m in models.items():
@@ -449,8 +469,9 @@ def report(args, model, train, val, held_out):
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
         results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": len(known)}
                     for row, readout in readouts.items()}
-    data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
-    save_picture(samples(model, held_out), args.out / "samples.png")
+    if parallel.MAIN:
+        data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
+        save_picture(samples(model, held_out), args.out / "samples.png")
     first = next(iter(results.values()))
     print(f"\n{args.dataset} {held_out.split}: {first['sentences']} sentences, {first['images']} images\n"
           f"{table(results)}\n")
@@ -458,6 +479,8 @@ def report(args, model, train, val, held_out):
 
 def open_log(out, stage, step):
     """--out/log.jsonl to write on, without what a killed run wrote of the stage after `step`, its last checkpoint."""
+    if not parallel.MAIN:
+        return open(os.devnull, "a")
     path, kept = out / "log.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -507,6 +530,8 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     parser.add_argument("--batch-size", type=int, help="sentences an optimizer step")
+    parser.add_argument("--per-image", type=int, help="up to so many sentences of an image share its lower layers, "
+                        "decode and augmentation")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
@@ -526,7 +551,10 @@ def parse_args(argv=None):
             parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
     if args.stage == "0" and (args.backbone != "tiny" or args.epochs or args.accumulate > 1):
         parser.error("--stage 0 makes the tiny CLIP: --backbone tiny, --steps instead of --epochs, no --accumulate")
-    for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("workers", 0)):
+    if args.stage == "0" and parallel.WORLD > 1:
+        parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
+    for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("per_image", 1), ("accumulate", 1),
+                        ("workers", 0)):
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
@@ -553,19 +581,22 @@ def have_data(args):
     if args.dataset == "shapes":
         print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
               "--dataset refcoco --data-root DATA")
-        if not (Path(args.data_root) / "shapes" / "instances.json").exists():
+        if parallel.MAIN and not (Path(args.data_root) / "shapes" / "instances.json").exists():
             data.make_shapes(args.data_root, SHAPES_IMAGES, seed=0)
+        parallel.gather(None)
 
 
 def main(args):
     stages = (1, 2) if args.stage == "all" else (int(args.stage),)
+    parallel.start(args.device)
     check_run(args, stages)
+    parallel.gather(None)  # nobody writes before all have looked
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         data.check_writable(args.out)
     except OSError as error:
         raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
-    with alone(args.out):
+    with alone(args.out) if parallel.MAIN else nullcontext():
         return run_stages(args, stages)
 
 

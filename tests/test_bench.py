@@ -199,3 +199,46 @@ def test_three_paths_are_timed_forward_and_with_backward(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 2 * function(*inputs))
     with pytest.raises(SystemExit, match="torch.compile is wrong"):
         bench.measure(*[lambda x, t: x.sigmoid() * t] * 2, inputs)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+def test_flops_of_the_parts_are_those_of_the_docstring(tiny):
+    """Of tiny at 96 pixels: 144 patches of 8, width 128, 6 layers, the last without attention; 12 Adapters of 64."""
+    tokens = tiny.tokenize(["the small red circle"])
+    n, T, D = 145, tokens.size(1), 128
+    with torch.no_grad(), bench.Flops(tiny) as flops:
+        tiny(torch.zeros(1, 3, 96, 96), tokens)
+    patches = 2 * 144 * 3 * 8**2 * D
+    layers = 5 * (24 * n * D**2 + 4 * n**2 * D) + n * (2 * 2 + 2 * 8) * D**2
+    assert flops.parts["image tower"] == patches + layers
+    # its projection is dispatched after the last module of the towers, an Adapter's
+    projections = 2 * T * D**2 + 2 * 144 * D**2
+    assert flops.parts["Adapters"] == 12 * 4 * n * D * 64 + 6 * 4 * T * D * 64 + projections
+    assert flops.parts["text tower"] == 3 * (24 * T * D**2 + 4 * T**2 * D)
+    assert flops.parts["decoder"] == 0
+
+
+def test_memory_kept_for_backward_counts_each_tensor_once_and_no_weight():
+    linear = torch.nn.Linear(5, 7)
+    x = torch.randn(3, 5)
+    # x for the weight's gradient, in both products; relu's output; square's input, which is that output
+    assert bench.kept_bytes(linear, lambda: (linear(x) + linear(x)).relu().square().sum()) == 4 * (3 * 5 + 3 * 7)
+
+
+def test_the_model_command_has_a_row_for_each_kind_of_work(tmp_path, capsys):
+    bench.main(bench.parse_args(["model", "--image-size", "48", "--runs", "1", "--sentences", "2", "--device", "cpu",
+                                 "--json", str(tmp_path / "m.json")]))
+    rows = [row for row in json.loads((tmp_path / "m.json").read_text())["rows"] if row["precision"] == "fp32"]
+    assert len(rows) == 4 and all(float(row["share"]) > 0 for row in rows)
+    assert float(rows[1]["GFLOP"]) < 2 * float(rows[0]["GFLOP"])  # two sentences share their image's lower layers
+    assert [row["MB kept"] == "-" for row in rows] == [True, True, False, False]
+    assert [row["decoder"] == "0%" for row in rows] == [True, True, True, False]
+    assert "share" in capsys.readouterr().out
+
+
+def test_the_loader_command_reads_every_sentence_of_the_plan(world, capsys):
+    bench.main(bench.parse_args(["loader", "--data-root", str(world), "--image-size", "32", "--epochs", "1", "--runs",
+                                 "1"]))
+    one, four = capsys.readouterr().out.strip().splitlines()
+    assert one.startswith("1 of an image") and one.endswith("1.00 of one by one") and four.startswith("4 of an image")

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -329,6 +331,42 @@ def test_the_union_has_no_image_of_any_val_or_test_split(tmp_path):
     assert [s.sent_id for s in union.sentences] == ["refcoco/0", "refcoco+/0", "refcocog/0", "refcocog/30"]
     assert union.image(0).size == SIZES[1]
     assert union.mask(3).sum() == union.mask(0).sum() > 0
+
+
+OPEN = """
+import json, resource, sys, time, data
+seconds = []
+for _ in range(2):
+    start = time.process_time()
+    d = data.RefCOCO(sys.argv[1], "refcoco", "train")
+    seconds.append(time.process_time() - start)
+print(json.dumps([len(d.refs), len(d), len(d.images), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+@pytest.mark.slow
+def test_a_set_of_refcocos_size_opens_in_10_seconds_and_2_gib(tmp_path):
+    """50,000 refs with polygons of 40 points, 142,000 sentences, 20,000 images: processor time, and not more the second
+    time."""
+    rng, refs, annotations = np.random.default_rng(0), [], []
+    for n in range(50_000):
+        texts = [{"sent_id": 3 * n + k, "sent": f"the {k} thing of {n} on the left", "raw": f"The {k} thing of {n} ...",
+                  "tokens": ["the", "thing", "on", "the", "left"]} for k in range(3 if n < 42_000 else 2)]
+        refs.append({"ref_id": n, "ann_id": n, "image_id": n % 20_000, "split": "train", "file_name": "no.jpg",
+                     "category_id": 1, "sentences": texts, "sent_ids": [t["sent_id"] for t in texts]})
+        annotations.append({"id": n, "image_id": n % 20_000, "iscrowd": 0, "bbox": [0, 0, 9, 9], "category_id": 1,
+                            "segmentation": [rng.uniform(0, 480, 80).round(2).tolist()]})
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "width": 640, "height": 480} for i in range(20_000)]
+    for folder in ("refcoco", "train2014"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
+    done = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], cwd=Path(data.__file__).parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    *counts, (first, second), kibibytes = json.loads(done.stdout)
+    assert counts == [50_000, 142_000, 20_000]
+    assert first < 10 and second < 1.5 * first and kibibytes < 2 * 2**20
 
 
 # ---- Masks ----------------------------------------------------------------------------------------------------------

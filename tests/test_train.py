@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import parallel
 import train
 from data import RefCOCO
 from risclip import RISCLIP, find_checkpoint
@@ -208,6 +209,67 @@ def test_stage_0_trains_a_clip_that_stage_1_takes(world, tmp_path, monkeypatch):
 
 def test_the_shipped_clip_is_small():
     assert (REPOSITORY / "assets" / "tiny_clip.safetensors").stat().st_size < 4 * 2**20
+
+
+# ---- Two processes --------------------------------------------------------------------------------------------------
+
+def two_processes(args, script="train.py"):
+    """Runs a command as two processes of one thread -> the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    return subprocess.run([*command, *map(str, args)], cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+
+
+def test_two_processes_give_the_losses_weights_and_metrics_of_one(world, tmp_path):
+    """The losses of the same global batch within 1e-6; all else bit for bit where one process sees the same parts."""
+    common = ("--stage", 1, "--steps", 20, "--data-root", world, "--batch-size", 8)
+    main(parse_args([*map(str, common), "--out", str(tmp_path / "one")]))
+    main(parse_args([*map(str, common), "--out", str(tmp_path / "parts"), "--accumulate", "2"]))
+    done = two_processes([*common, "--out", tmp_path / "two"])
+    assert done.returncode == 0, done.stderr
+    one, parts, two = ([json.loads(line)["loss"] for line in open(tmp_path / d / "log.jsonl")]
+                       for d in ("one", "parts", "two"))
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-6) and two == parts
+    expected, got = (weights(tmp_path / d / "stage1-000020") for d in ("parts", "two"))
+    assert all(torch.equal(v, got[k]) for k, v in expected.items())
+    expected, got = ((tmp_path / d / "metrics.json").read_text() for d in ("parts", "two"))  # evaluated in two shards
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(got).values()] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in json.loads(expected).values()]
+
+
+def test_two_processes_resume_what_one_began_and_share_batch_norms_statistics(world, run, tmp_path, monkeypatch):
+    for out in (tmp_path / "one", tmp_path / "two"):
+        out.mkdir()
+        (out / "stage1-000003").symlink_to(run / "stage1-000003", target_is_directory=True)
+    common = ["--stage", "2", "--steps", "2", "--data-root", str(world), "--batch-size", "6", "--accumulate"]
+    main(parse_args([*common, "2", "--out", str(tmp_path / "one")]))
+    loss_of = train.refiner_loss
+    monkeypatch.setattr(train, "refiner_loss", lambda *inputs: (os.kill(os.getpid(), signal.SIGTERM),
+                                                                loss_of(*inputs))[1])
+    with pytest.raises(SystemExit):
+        main(parse_args([*common, "2", "--out", str(tmp_path / "two")]))
+    checkpoint = tmp_path / "two" / "stage2-000001"
+    state, statistics = torch.load(checkpoint / "training.pt", weights_only=True), {}
+    state["run"] = state["run"].replace('"accumulate": 2', '"accumulate": 1')  # the two parts are now two processes'
+    torch.save(state, checkpoint / "training.pt")
+    args = parse_args([*common, "1"])
+    for rank in (0, 1):  # what batch norm sees in each process
+        model = RISCLIP.from_pretrained(checkpoint).train()
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "RANK", rank)
+            patch.setattr(parallel, "WORLD", 2)
+            batch = next(train.sample_batches(model, RefCOCO(world, "shapes", "train"), train.stage_settings(args, 2),
+                                              args, 1))
+        loss_of(model, batch)
+        for k, b in model.state_dict().items():
+            if "running_" in k:
+                statistics[k] = statistics.get(k, 0) + b * len(batch["texts"]) / 6  # the mean over sentences
+    done = two_processes([*common, 1, "--out", tmp_path / "two", "--resume"])
+    assert done.returncode == 0, done.stderr
+    one, two = (weights(tmp_path / d / "stage2-000002") for d in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one if k not in statistics and "tracked" not in k)
+    for k, b in statistics.items():
+        torch.testing.assert_close(two[k], b, rtol=1e-5, atol=1e-6)
 
 
 # ---- Mistakes: one line, exit code 2, nothing half-written ----------------------------------------------------------
