@@ -428,7 +428,9 @@ class RISCLIP(nn.Module):
             v = image_step(i, v)
         for k in range(len(text_blocks) - pairs):
             t = text_step(k, t)
-        v, features[:] = v[image_index], [f[image_index] for f in features]  # (B, 1 + N, D_v) from here on
+        # index_select: the gradient of v[image_index] is summed in whatever order threads come
+        v = v.index_select(0, image_index)  # (B, 1 + N, D_v) from here on
+        features[:] = [f.index_select(0, image_index) for f in features]
 
         for m, cfe in enumerate(self.cfe):
             t, v = cfe(t, v, words)
