@@ -12,14 +12,6 @@ import data
 import fusions
 import train
 from risclip import CONFIGS, RISCLIP, find_checkpoint
-from shapes import write_shapes
-
-
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("small")
-    write_shapes(root, 20, seed=3)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +26,8 @@ def arguments(world, out, table, *more):
 
 
 @pytest.mark.parametrize("table, rows", [(3, 5), (4, 7), (5, 10)])
-def test_every_row_trains_and_is_counted(small_world, out, table, rows, capsys):
-    ablate.main(arguments(small_world, out, table, "--json", out / "t.json", "--markdown"))
+def test_every_row_trains_and_is_counted(world, out, table, rows, capsys):
+    ablate.main(arguments(world, out, table, "--json", out / "t.json", "--markdown"))
     result = json.loads((out / "t.json").read_text())["rows"]
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(result) == rows and len(printed) == rows + 2
@@ -64,8 +56,8 @@ def test_a_changed_model_comes_back_as_it_was_saved(tiny, tmp_path, change):
     assert torch.equal(*maps)
 
 
-def test_fine_tuning_moves_clip_and_nothing_else_does(small_world, out):
-    ablate.main(arguments(small_world, out, 3))
+def test_fine_tuning_moves_clip_and_nothing_else_does(world, out):
+    ablate.main(arguments(world, out, 3))
     moved = {}
     for cell in ("full", "fine_tuned-True"):
         clip = RISCLIP.from_pretrained(find_checkpoint(out / f"{cell}-0", 1)).clip
@@ -95,7 +87,7 @@ def test_a_new_fusion_changes_nothing_and_padding_never_does(tiny, name):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
-def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(small_world, tmp_path, monkeypatch):
+def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(world, tmp_path, monkeypatch):
     evaluated, kept = [], ablate.evaluate
 
     def dies_at_the_second(model, *more, **options):
@@ -106,7 +98,7 @@ def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(small_wo
     monkeypatch.setattr(ablate, "evaluate", dies_at_the_second)
     monkeypatch.setattr(ablate, "TABLE_3", ablate.TABLE_3[:2])
     monkeypatch.setattr(ablate, "figure_1", lambda *_: None)
-    args = arguments(small_world, tmp_path, 3)
+    args = arguments(world, tmp_path, 3)
     with pytest.raises(KeyboardInterrupt):
         ablate.main(args)
     steps = []
@@ -115,10 +107,10 @@ def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(small_wo
     assert evaluated == [(), ("adapter",), ("adapter",)] and not steps
 
 
-def test_another_run_in_the_same_place_is_refused(small_world, out, capsys):
-    ablate.main(arguments(small_world, out, 3))
+def test_another_run_in_the_same_place_is_refused(world, out, capsys):
+    ablate.main(arguments(world, out, 3))
     capsys.readouterr()
-    assert data.run(ablate.main, arguments(small_world, out, 3, "--lr", 1)) == 2
+    assert data.run(ablate.main, arguments(world, out, 3, "--lr", 1)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "cell.json" in error and "--out" in error
 

@@ -26,7 +26,6 @@ from data import DataError, RefCOCO, Samples
 # pycocotools' own, with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:This DataLoader will create")
 
-PHOTOS = Path(os.environ.get("RISCLIP_PHOTOS", Path(__file__).parent.parent.parent / "shared" / "photos"))
 
 SIZES = {1: (31, 23), 2: (29, 37), 3: (41, 19)}  # image id -> width, height
 
@@ -877,9 +876,8 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # ---- Photographs ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photographs in {PHOTOS}: set RISCLIP_PHOTOS")
-def test_real_photographs_are_read_in_refcocos_own_layout(capsys):
-    splits = {s: RefCOCO(PHOTOS, "refcoco", s) for s in ("train", "val", "testA", "testB")}
+def test_real_photographs_are_read_in_refcocos_own_layout(photos, capsys):
+    splits = {s: RefCOCO(photos, "refcoco", s) for s in ("train", "val", "testA", "testB")}
     assert {s: (len(d.refs), len(d)) for s, d in splits.items()} == {
         "train": (4, 9), "val": (2, 4), "testA": (1, 2), "testB": (2, 4)}
     for dataset in splits.values():
@@ -889,5 +887,5 @@ def test_real_photographs_are_read_in_refcocos_own_layout(capsys):
             assert mask.shape == (height, width) and 0.005 < mask.mean() < 0.5
         for batch in data.plan_epoch(dataset, 0, 0, 3, 2):
             assert not data.collate([Samples(dataset, 64, True)[item] for item in batch])["broken"]
-    code, printed = check(capsys, "--root", PHOTOS, "--dataset", "refcoco")
+    code, printed = check(capsys, "--root", photos, "--dataset", "refcoco")
     assert code == 1 and "train: 4 / 2 / 9 refs / images / sentences, published 42404 / 16994 / 120624" in printed.out
