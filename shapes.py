@@ -308,23 +308,23 @@ class Scenes:
         return fit
 
 
-def statement(shapes, rng, places=True):
+def statement(shapes, rng, shares):
     """Something true of the scene -> (text, function of Scenes that gives its truth for each scene, (S,) bool).
 
-    places: it may say where in the scene an object is.
+    shares: how many of the statements say an object's place, a relation or a rank; the others say what it is.
     """
     o, whole = rng.choice(shapes), rng.random() < 0.5
     words = tuple(w if whole or rng.random() < p else None for w, p in ((o.size, 0.5), (o.colour, 0.5), (o.kind, 0.8)))
     words = words if any(words) else (None, o.colour, o.kind)
     article, draw = rng.choice(("a ", "the ", "")), rng.random()
-    name = _phrase(words, rng)
-    if draw < 0.05 and places:  # a place; the middle of the scene has no word of its own
+    name, until = _phrase(words, rng), np.cumsum(shares)
+    if draw < until[0]:  # a place; the middle of the scene has no word of its own
         far = [(axis, np.sign(c - SCENE / 2)) for axis, c in ((1, o.y), (0, o.x)) if abs(c - SCENE / 2) > 10]
         where = " ".join({(0, -1): "left", (0, 1): "right", (1, -1): "top", (1, 1): "bottom"}[f] for f in far)
         if far:
             return (f"{article}{name} {rng.choice(('at', 'on', 'in'))} the {where}", lambda batch: (batch.match(words) &
                     np.all([sign * (batch.at[axis] - SCENE / 2) > 5 for axis, sign in far], axis=0)).any(1))
-    elif draw < 0.1:  # a relation
+    elif draw < until[1]:  # a relation
         other = rng.choice(shapes)
         others = tuple(w if rng.random() < 0.6 else None for w in (other.size, other.colour, other.kind))
         true = [r for r, (axis, sign) in RELATIONS.items() if sign * ((o.x, o.y)[axis] - (other.x, other.y)[axis]) > 8]
@@ -335,7 +335,7 @@ def statement(shapes, rng, places=True):
             return (f"{article}{name} {rng.choice(_LINKS[relation])} {article}{_phrase(others, rng)}",
                     lambda batch: (batch.match(words)[:, :, None] & batch.match(others)[:, None] &
                                    batch.related(relation)).any((1, 2)))
-    elif draw < 0.15:  # a rank among those alike
+    elif draw < until[2]:  # a rank among those alike
         wall, (axis, sign) = rng.choice(list(WALL.items()))
         alike = sorted((s for s in shapes if _matches(s, words)), key=lambda s: sign * (s.x, s.y)[axis])
         place = alike.index(o)
@@ -360,10 +360,22 @@ def _ranked(name, wall, place):
     return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
 
 
-# A share of the batches, what the batch size is multiplied by, the side of the pictures in pixels, and the fewest and
-# most objects in one. A single shape in a small picture is named without doubt and costs a sixth of a scene: there the
-# words are learned; in whole scenes, which patches they are about.
-LESSONS = ((0.6, 3, 40, 1, 1), (0.4, 1, SCENE, 3, 6))
+@dataclass(frozen=True)
+class Lesson:
+    """What a share of the tiny CLIP's batches shows."""
+
+    share: float
+    times: int  # pictures, by the batch size
+    side: int  # of a picture, pixels
+    objects: tuple[int, int]  # in a picture, the fewest and the most
+    layouts: int = 1  # pictures in a row of the same objects: only their places tell them apart
+    said: tuple[float, float, float] = (0.05, 0.05, 0.05)  # shares of statement()
+
+
+# A single shape in a small picture is named without doubt and costs a sixth of a scene: there the words are learned; in
+# whole scenes, which patches they are about; last, where things are.
+LESSONS = (Lesson(0.4, 3, 40, (1, 1), said=(0, 0, 0)), Lesson(0.3, 1, SCENE, (3, 6)),
+           Lesson(0.3, 1, SCENE, (3, 6), layouts=4, said=(0.15, 0.25, 0.25)))
 ALIKE = 8  # pictures in a row that have the same few colours and kinds: only whole descriptions tell them apart
 
 
@@ -380,15 +392,17 @@ class Captioned(Dataset):
 
     def __getitem__(self, i):
         rng, scenes, images = random.Random(f"captioned {self.seed} {i}"), [], []
-        ends = np.cumsum([lesson[0] for lesson in self.lessons])
-        _, times, side, fewest, most = self.lessons[int((i >= ends[:-1] / ends[-1] * self.batches).sum())]
-        while len(scenes) < times * self.batch_size:
+        ends = np.cumsum([lesson.share for lesson in self.lessons])
+        lesson = self.lessons[int((i >= ends[:-1] / ends[-1] * self.batches).sum())]
+        while len(scenes) < lesson.times * self.batch_size:
             if len(scenes) % ALIKE == 0:
-                palette, count = draw_palette(rng), rng.randint(fewest, most)
-            shapes, image, _ = draw_scene(rng, draw_words(rng, palette, count), side)
+                palette, count = draw_palette(rng), rng.randint(*lesson.objects)
+            if len(scenes) % lesson.layouts == 0:
+                words = draw_words(rng, palette, count)
+            shapes, image, _ = draw_scene(rng, words, lesson.side)
             scenes.append(shapes)
             images.append(image)
-        said = [statement(shapes, rng, side == SCENE) for shapes in scenes * min(most, 4)]
-        batch, free = Scenes(scenes), (SCENE - side) // 8
+        said = [statement(shapes, rng, lesson.said) for shapes in scenes * min(lesson.objects[1], 4)]
+        batch, free = Scenes(scenes), (SCENE - lesson.side) // 8
         return (np.stack(images), [text for text, _ in said], np.stack([holds(batch) for _, holds in said], axis=1),
                 (rng.randint(0, free), rng.randint(0, free)))
