@@ -84,7 +84,7 @@ def test_every_command_parses():
     assert {module for module, _ in found} >= {"train", "predict", "evaluate", "ablate"}
     for module, arguments in found:
         importlib.import_module(module).parse_args(arguments)
-    table_5 = {tuple(change) for _, change, _ in ablate.table_rows(5, "B")}
+    table_5 = {tuple(change) for _, change, _ in ablate.table_rows("5", "B")}
     assert table_5 == {(), ("adapter_layers",), ("cfe_layers",), ("ske_layers",)}
 
 
