@@ -10,7 +10,8 @@ OUT/CELL-SEED with cell.json when it is done. Started again, a killed ablation g
 --modules, --stage and --seed are what a table varies; every other flag of train.py is taken as it is. With seeds, the
 table has mean +- sample standard deviation: a difference smaller than that says nothing.
 
-The miniature has half of B's layers, so Table 5 has half of the paper's counts there, beside the paper's own rows.
+The miniature has half of B's image layers, so Table 5 has half of the paper's counts there, beside the paper's own
+rows. Its text tower has 3 layers: above N = 3 all of them have Adapters, and Table 5a varies those of the image alone.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import data
 import train
 from data import DataError
 from evaluate import MASK, check_writable, evaluate, evolution, save_picture
-from risclip import CONFIGS, RISCLIP, find_checkpoint, is_stored
+from risclip import CONFIGS, RISCLIP, TINY_CLIP, find_checkpoint, is_stored
 
 SENTENCE = "the large red circle to the left of the small blue square"  # what a forward pass is counted on
 FULL = (62.64, 62.02)  # the paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split
@@ -86,7 +87,10 @@ def table_rows(table, backbone):
         own = getattr(CONFIGS[backbone], field) or max(papers) // (1 + (backbone == "tiny"))  # None: all layers
         for theirs, numbers in papers.items():
             n = theirs // 2 if backbone == "tiny" else theirs
-            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" (paper: {theirs})" if n != theirs else "")
+            notes = [f"paper: {theirs}"] if n != theirs else []
+            if field == "adapter_layers" and backbone == "tiny" and n > TINY_CLIP["text_cfg"]["layers"]:
+                notes.append("all 3 text layers")
+            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" ({', '.join(notes)})" if notes else "")
             rows.append((name, {} if n == own else {field: n}, numbers))
     return rows
 
