@@ -1,24 +1,28 @@
-"""The paper's Tables 3, 4 and 5 (Sec. 4.4), and Figure 1 from Table 3's models.
+"""The paper's Tables 3, 4 and 5 (Sec. 4.4), Figure 1 from Table 3's models, and what the paper leaves open.
 
     python ablate.py --table 3                                    the miniature, on the shapes world
     python ablate.py --table 4 --seeds 3 --markdown --json table4.json
     python ablate.py --table 5 --backbone B --dataset refcocog --data-root DATA     240 px, 50 epochs, as in Sec. 4.4
+    python ablate.py --table errata                               our readings of the paper against others
 
 A cell is one model: both stages of train.py with one change and one seed, then evaluate.py on the test split, kept in
 OUT/CELL-SEED with cell.json when it is done. Started again, a killed ablation goes on where it was; tables share cells.
 --modules, --stage and --seed are what a table varies; every other flag of train.py is taken as it is. With seeds, the
 table has mean +- sample standard deviation: a difference smaller than that says nothing.
 
-The miniature has half of B's layers, so Table 5 has half of the paper's counts there, beside the paper's own rows.
+The miniature has half of B's image layers, so Table 5 has half of the paper's counts there, beside the paper's own
+rows. Its text tower has 3 layers: above N = 3 all of them have Adapters, and Table 5a varies those of the image alone.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +30,7 @@ import data
 import train
 from data import DataError
 from evaluate import MASK, check_writable, evaluate, evolution, save_picture
-from risclip import CONFIGS, RISCLIP, find_checkpoint, is_stored
+from risclip import CONFIGS, RISCLIP, TINY_CLIP, find_checkpoint, is_stored
 
 SENTENCE = "the large red circle to the left of the small blue square"  # what a forward pass is counted on
 FULL = (62.64, 62.02)  # the paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split
@@ -55,19 +59,38 @@ TABLE_5 = {
     "ske_layers": {2: (72.17, 56.72, 14.23, 62.30, 61.56), 4: (72.73, 57.68, 14.57, 62.79, 61.95),
                    6: (73.19, 57.68, 14.21, *FULL)},
 }
+# What the paper says in passing or not at all, one reading against another: a change to Config, or to how a model
+# learns (train_cell). The miniature's CLIP was made with the value path, so that it cannot judge the plain last layer.
+ERRATA = [
+    ("as we read the paper", {}, ()),
+    ("frozen map: value path (3.1)", {"modules": ()}, ()),
+    ("frozen map: plain last layer", {"modules": (), "value_path": False}, ()),
+    ("raw cosine: temperature 1, threshold 0, fixed",
+     {"map_temperature": 1.0, "map_threshold": 0.0, "fixed": "map"}, ()),
+    ("scalers, attention's temperatures fixed (paper: up to 0.5 less)", {"fixed": "scalers"}, ()),
+    ("no layer starts at zero (paper: about 0.6 less)", {"zero_start": False}, ()),
+    ("end to end: both losses, no stages (3.5)", {"end_to_end": True}, ()),
+    ("focal loss: alpha 0.5, gamma 0", {"alpha": 0.5, "gamma": 0.0}, ()),
+    ("focal loss: alpha 0.25, gamma 2", {"alpha": 0.25, "gamma": 2.0}, ()),
+]
+FIXED = {"map": ("map_scale", "map_threshold"),  # ends of parameters' names
+         "scalers": (".scale", ".scales", ".text_scale", ".image_scale", ".temperature")}
 TITLES = {"adapter_layers": "Adapters, last N layers", "cfe_layers": "CFE, last N layers", "ske_layers": "SKE, N"}
 
 
 def table_rows(table, backbone):
     """-> [(row name, change to Config, the paper's numbers)]."""
-    if table < 5:
-        return {3: TABLE_3, 4: TABLE_4}[table]
+    if table != "5":
+        return {"3": TABLE_3, "4": TABLE_4, "errata": ERRATA}[table]
     rows = []
     for field, papers in TABLE_5.items():
         own = getattr(CONFIGS[backbone], field) or max(papers) // (1 + (backbone == "tiny"))  # None: all layers
         for theirs, numbers in papers.items():
             n = theirs // 2 if backbone == "tiny" else theirs
-            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" (paper: {theirs})" if n != theirs else "")
+            notes = [f"paper: {theirs}"] if n != theirs else []
+            if field == "adapter_layers" and backbone == "tiny" and n > TINY_CLIP["text_cfg"]["layers"]:
+                notes.append("all 3 text layers")
+            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" ({', '.join(notes)})" if notes else "")
             rows.append((name, {} if n == own else {field: n}, numbers))
     return rows
 
@@ -97,8 +120,9 @@ def costs(model):
 
 def run_cell(args, change, seed, learn, held_out):
     """Trains and evaluates one cell, or reads what it gave -> its result. Raises DataError if it was run otherwise."""
+    of_config = {k: v for k, v in change.items() if hasattr(CONFIGS[args.backbone], k)}
     run = argparse.Namespace(**vars(args.run) | dict(out=args.out / f"{cell_name(change)}-{seed}", seed=seed,
-                                                     changes=change))
+                                                     changes=of_config))
     second = argparse.Namespace(**vars(run) | {"epochs": None})  # stage 2 has its one epoch, whatever --epochs
     asked = {"change": change, "seed": seed, "dataset": run.dataset, "split": args.split, "limit": args.limit,
              "image_size": run.image_size, "clip": run.clip, "accumulate": run.accumulate, "refs": len(learn.refs),
@@ -112,12 +136,37 @@ def run_cell(args, change, seed, learn, held_out):
         return saved
     run.out.mkdir(parents=True, exist_ok=True)
     train.check_run(run, (1, 2))
-    train.run_stage(run, 1, learn)
-    model, _ = train.run_stage(second, 2, learn)
+    model = train_cell(run, second, change, learn)
     result = evaluate(model, held_out, workers=run.workers, limit=args.limit)[MASK]
     result |= costs(model) | {"asked": asked}
     data.write_text(file, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def train_cell(run, second, change, learn):
+    """Both stages (their flags: run, second), with what a row of ERRATA changes of how a model learns -> the model."""
+    losses = [partial(loss, **{k: change[k] for k in ("alpha", "gamma") if k in change})
+              for loss in (train.locator_loss, train.refiner_loss)]
+
+    def prepare(model):
+        for name, module in model.named_modules() if not change.get("zero_start", True) else ():
+            if isinstance(module, nn.Linear) and not name.startswith("clip.") and not module.weight.any():
+                module.reset_parameters()  # a checkpoint's are no longer zero and stay
+        for name, p in model.named_parameters():
+            if name.endswith(FIXED.get(change.get("fixed"), ())):
+                p.requires_grad_(False)
+
+    def all_learn(model):
+        model.requires_grad_(True).clip.requires_grad_(False)
+
+    def both_losses(model, batch):
+        return sum(loss(model, batch) for loss in losses)
+    if change.get("end_to_end"):  # a stage 2 that nothing came before, as long as stage 1
+        first = train.stage_settings(run, 1)
+        single = argparse.Namespace(**vars(run) | {k: first[k] for k in ("steps", "epochs", "lr")})
+        return train.run_stage(single, 2, learn, all_learn, both_losses)[0]
+    train.run_stage(run, 1, learn, prepare, losses[0])
+    return train.run_stage(second, 2, learn, None, losses[1])[0]
 
 
 # ---- A table --------------------------------------------------------------------------------------------------------
@@ -130,12 +179,12 @@ def mean_and_spread(values):
 
 def row_of(name, cells, paper, table):
     """A row's columns, from the results of its seeds and the paper's numbers."""
-    columns = [*(("P@0.5", "P@0.7", "P@0.9") if table == 5 else ()), "mIoU", "oIoU"]
+    columns = [*(("P@0.5", "P@0.7", "P@0.9") if table == "5" else ()), "mIoU", "oIoU"]
     row = {"": name} | {c: mean_and_spread([cell[c] for cell in cells]) for c in columns}
     row |= {f"mIoU {kind}": mean_and_spread([cell["kinds"][kind]["mIoU"] for cell in cells])
             for kind in cells[0].get("kinds", ())}
     row |= {"trained, M": f"{cells[0]['trained_parameters'] / 1e6:.2f}", "GFLOPs": f"{cells[0]['flops'] / 1e9:.2f}"}
-    return row | {"paper " + " / ".join(columns): " / ".join(f"{p:.2f}" for p in paper)}
+    return row | ({"paper " + " / ".join(columns): " / ".join(f"{p:.2f}" for p in paper)} if paper else {})
 
 
 def text_table(rows, markdown):
@@ -160,7 +209,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="more flags: those of train.py (python train.py --help)",
                                      allow_abbrev=False)
-    parser.add_argument("--table", type=int, choices=(3, 4, 5), required=True)
+    parser.add_argument("--table", choices=("3", "4", "5", "errata"), required=True)
     parser.add_argument("--backbone", choices=("tiny", "B"), default="tiny")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="0 ... N - 1 (default: 1)")
     parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and your own JSON, val)")
@@ -207,7 +256,7 @@ def run_table(args):
           "paper's are RISCLIP-B's on RefCOCOg's test split\n")
     print(text_table([row_of(name, r["seeds"], r["paper"], args.table) for name, r in results.items()], args.markdown))
     written = [args.out]
-    if args.table == 3:
+    if args.table == "3":
         figure_1(args, held_out)
         written.append(args.out / "figure1.png")
     if args.json:

@@ -45,7 +45,7 @@ PUBLISHED = {
     "refcoco+": {"train": (42278, 16992, 120191), "val": (3805, 1500, 10758),
                  "testA": (1975, 750, 5726), "testB": (1798, 750, 4889)},
     "refcocog": {"train": (42226, 21899, 80512), "val": (2573, 1300, 4896), "test": (5023, 2600, 9602)},
-    "shapes": {"train": None, "val": None, "test": None},
+    "shapes": dict.fromkeys((*shapes.SPLITS, *shapes.LIMITS)),
 }
 UNION = ("refcoco", "refcoco+", "refcocog")  # "combined"
 REFS_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "shapes": "shapes"}
@@ -322,7 +322,7 @@ class Sentence(NamedTuple):
     text: str
     ref: int  # index into RefCOCO.refs
     image: int  # index into RefCOCO.images
-    kind: str | None  # shapes: attribute, position or relation
+    kind: str | None  # shapes: attribute, position, relation; characters, absence
 
 
 class Ref(NamedTuple):
@@ -392,7 +392,8 @@ class RefCOCO:
         else:
             self._open_refer(report)
         if not self.sentences and report is _raise:
-            raise DataError(f"{dataset} in {root} has no sentence of split {split!r}")
+            raise DataError(f"{dataset} in {root} has no sentence of split {split!r}" + (
+                ": write the world anew, with as many --images, by data.py shapes" if dataset == "shapes" else ""))
 
     def __len__(self):
         return len(self.sentences)
@@ -745,7 +746,8 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     world = commands.add_parser("shapes", help="write the shapes world in REFER layout")
     world.add_argument("--root", default="data", help="the data root to write to (default: data)")
-    world.add_argument("--images", type=int, default=1000, metavar="N", help="scenes in all (default: 1000)")
+    world.add_argument("--images", type=int, default=1000, metavar="N", help="scenes of train, val and test in all "
+                       "(default: 1000); characters and absence have 100 each")
     world.add_argument("--seed", type=int, default=0, metavar="S")
     checking = commands.add_parser("check", help="compare a data set with the published counts, name what is broken")
     checking.add_argument("--root", default="data", help="the data root (default: data)")

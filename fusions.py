@@ -6,10 +6,10 @@
     pwam, pwam-2   PWAM (LAVT, CVPR 2022)         attention weighs the values, which then gate the features; one head
     sdf, sdf-2     SDF (VLT, TPAMI 2023)          attention gives each place a sentence of its own to be fused with
 
-PWAM and SDF condition the image on the text; with -2, in the same way, the text on the image as well. Both are written
-from their papers' descriptions, without what their own networks have around them (LAVT's language gate: our scaler and
-residual take its place). Every fusion takes words t (B, T, d), patches v (B, N, d) and words (B, T) bool, those up to
-[EOS], and gives t_m (B, T, d), or None where the text sees no image, and v_m (B, N, d).
+PWAM and SDF condition the image on the text; with -2, in the same way, the text on the image as well. Both are without
+what their own networks have around them (LAVT's language gate: our scaler and residual take its place). Every fusion
+takes words t (B, T, d), patches v (B, N, d) and words (B, T) bool, those up to [EOS], and gives t_m (B, T, d), or None
+where the text sees no image, and v_m (B, N, d).
 """
 
 import torch
@@ -62,7 +62,11 @@ def instance_norm(x, keep):
 
 
 class PWAM(nn.Module):
-    """LAVT's Pixel-Word Attention Module: gelu(out(gelu(m(x)) * norm(w(attention of x to context))))."""
+    """LAVT's Pixel-Word Attention Module: gelu(out(gelu(m(x)) * norm(w(attention of x to context)))).
+
+    As in LAVT's code: one head, instance norm of the queries and of what they saw, none of keys, which padding would
+    spoil. In CFE, [CLS] is one more of the places that are normalised over; LAVT has none.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -74,7 +78,11 @@ class PWAM(nn.Module):
 
 
 class SDF(nn.Module):
-    """VLT's Spatial-Dynamic Fusion: where others tile one sentence feature over the image, each place has its own."""
+    """VLT's Spatial-Dynamic Fusion: where others tile one sentence feature over the image, each place has its own.
+
+    VLT's public code is the version before SDF, which tiles. What the idea leaves open is chosen here: one head, ReLU
+    after q, k and v as in the attention that makes that code's queries, and a linear layer over place and sentence.
+    """
 
     def __init__(self, width):
         super().__init__()

@@ -71,6 +71,7 @@ class Config:
     ske_heads: int = 8
     ske_scale: float = 0.5
     fusion: str = "mhca"  # what CFE and SKE fuse with; Table 4's others are in fusions.py
+    value_path: bool = True  # of the last image layer (Sec. 3.1); False: it is like any other
     fine_tuned: bool = False  # Table 3's last row: CLIP learns as well, and is then part of a checkpoint
     map_temperature: float = 20.0  # of the cosine map, at the start; it and the threshold are learned
     map_threshold: float = 0.4  # the cosine at which map_patch is one half
@@ -415,7 +416,8 @@ class RISCLIP(nn.Module):
         features, pairs = [], len(self.cfe)
 
         def image_step(i, v):
-            v = image_layer(image_blocks[i], v, self.image_adapters[i], value_path=i == len(image_blocks) - 1)
+            last = i == len(image_blocks) - 1
+            v = image_layer(image_blocks[i], v, self.image_adapters[i], value_path=last and self.config.value_path)
             if i < 4:
                 features.append(v[:, 1:])
             return v

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -33,7 +33,7 @@ RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One object of a scene: its words, centre and radius in pixels, and rotation in radians."""
+    """One object of a scene: its words, centre and radius in pixels, rotation in radians, and what is drawn on it."""
 
     size: str
     colour: str
@@ -42,6 +42,7 @@ class Shape:
     y: float
     radius: float
     turn: float
+    mark: str = ""  # a character or "dot"
 
 
 def _outline(shape):
@@ -82,16 +83,17 @@ def draw_words(rng, palette, count):
 def draw_scene(rng, words, side=SCENE):
     """A layout of the objects -> (shapes, image (side, side, 3) uint8, owner (side, side) uint8).
 
-    `owner` is 0 on the ground and k + 1 where shape k is what one sees; shapes may be partly covered by later ones.
+    words: (size, colour, kind) of each object, and perhaps its mark. `owner` is 0 on the ground and k + 1 where shape k
+    is what one sees; shapes may be partly covered by later ones.
     """
     while True:  # a crowded draw may not fit: draw again
         shapes = []
-        for size, colour, kind in words:
+        for size, colour, kind, *mark in words:
             radius = rng.uniform(*RADII[size])
             for _ in range(40):
                 x, y = rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)
                 if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in shapes):
-                    shapes.append(Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3)))
+                    shapes.append(Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3), *mark))
                     break
         if len(shapes) == len(words):
             image, owner = _paint(shapes, rng, side)
@@ -115,6 +117,13 @@ def _paint(shapes, rng, side):
         edge = tuple(int(c * 0.6) for c in colour)
         paint.polygon([tuple(p) for p in corners * zoom], fill=colour, outline=edge, width=zoom)
         claim.polygon([tuple(p) for p in corners - 0.5], fill=k + 1)  # pixel centres lie at + 0.5
+    for shape in (s for s in shapes if s.mark):  # above all shapes, so that none is half covered
+        x, y, ink = shape.x * zoom, shape.y * zoom, "black" if shape.colour in ("yellow", "white") else "white"
+        if shape.mark == "dot":
+            paint.circle((x, y), 0.3 * shape.radius * zoom, fill=ink)
+        else:
+            font = ImageFont.load_default(1.3 * shape.radius * zoom)
+            paint.text((x, y), shape.mark, fill=ink, font=font, anchor="mm")
     return np.asarray(canvas.reduce(zoom)), np.asarray(owner)
 
 
@@ -225,25 +234,49 @@ def _chain_name(shapes, i, exclude, rng):
 # ---- On disk --------------------------------------------------------------------------------------------------------
 
 SPLITS = {"train": 0.76, "val": 0.03, "test": 0.21}  # of the images
+LIMITS = ("characters", "absence")  # further splits, never trained on: Sec. A.2.1's two kinds of failure
+CHARACTERS = "2345679ABCEFHKLPRTUX"  # those that are not easily taken for one another
+
+
+def draw_limit(rng, split):
+    """A scene of a LIMITS split -> (shapes, image, owner, {target: [(split, sentence)]}): among others, two large
+    shapes of one colour and kind, which only the character or the dot on them tells apart."""
+    colours, kinds = palette = draw_palette(rng)
+    twin = ("large", rng.choice(colours), rng.choice(kinds))
+    words, target = [twin, twin, *draw_words(rng, palette, rng.randint(1, 2))], rng.randrange(2)
+    if split == "characters":
+        marks = [c if w[0] == "large" else "" for c, w in zip(rng.sample(CHARACTERS, len(words)), words)]
+        c = marks[target]
+        end = rng.choice(("with a {}", "with the number {}") if c.isdigit() else ("with the letter {}",)).format(c)
+    else:  # all others of its kind have a dot
+        marks = ["" if k == target or w[2] != twin[2] and rng.random() < 0.5 else "dot" for k, w in enumerate(words)]
+        end = rng.choice(("with no dot", "without a dot"))
+    noun = _phrase((None, rng.choice((None, twin[1])), twin[2]), rng)
+    shapes, image, owner = draw_scene(rng, [(*w, mark) for w, mark in zip(words, marks)])
+    return shapes, image, owner, {target: [(split, f"the {noun} {end}")]}
 
 
 def _write_scene(path, seed, i, split):
     """Draws scene i of a seed and writes its picture -> [(kind number, run lengths, box, area, said), ...], a referent
     each: said is a list of (kind of expression, text)."""
-    rng, referents = random.Random(f"scene {seed} {i}"), []
-    shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
+    rng, referents = random.Random(f"{split if split in LIMITS else 'scene'} {seed} {i}"), []
+    if split in LIMITS:
+        shapes, image, owner, said = draw_limit(rng, split)
+    else:
+        shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
+        said = {k: [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
+                for k in rng.sample(range(len(shapes)), len(shapes))}
     Image.fromarray(image).save(path, compress_level=1)
-    for k in rng.sample(range(len(shapes)), len(shapes)):
-        said = [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
-        if said and (split == "train" or not referents):
-            run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
-            referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
-                              coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said))
+    for k in [k for k in said if said[k]][:None if split == "train" else 1]:
+        run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
+        referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
+                          coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said[k]))
     return referents
 
 
-def write_shapes(root, images, seed):
-    """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says.
+def write_shapes(root, images, seed, limits=100):
+    """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says, and `limits` more for
+    each split of LIMITS.
 
     A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out; for val and
     test one shape a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
@@ -256,11 +289,14 @@ def write_shapes(root, images, seed):
     ends = np.cumsum([round(images * share) for share in SPLITS.values()])
     splits = [list(SPLITS)[min(int((i >= ends).sum()), len(SPLITS) - 1)] for i in range(images)]
     names = [f"{seed}_{i:06d}.png" for i in range(images)]
+    splits += [split for split in LIMITS for _ in range(limits)]
+    names += [f"{seed}_{split}_{i:06d}.png" for split in LIMITS for i in range(limits)]
+    numbers = [*range(images), *range(limits), *range(limits)]
     paths = [root / "images" / "shapes" / name for name in names]
     annotations, refs, sentences = [], [], 0
     with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
-        scenes = pool.map(_write_scene, paths, [seed] * images, range(images), splits, chunksize=32)
-        for i, referents in enumerate(tqdm(scenes, "shapes", images, unit="scene", disable=None)):
+        scenes = pool.map(_write_scene, paths, [seed] * len(names), numbers, splits, chunksize=32)
+        for i, referents in enumerate(tqdm(scenes, "shapes", len(names), unit="scene", disable=None)):
             for category, counts, box, area, said in referents:
                 annotations.append({"id": len(annotations), "image_id": i, "category_id": category, "iscrowd": 0,
                                     "area": area, "bbox": box,

@@ -78,17 +78,17 @@ def patch_target(masks, patch_size):
     return ((area >= area.amax((1, 2), keepdim=True).clamp(max=0.5)) & (area > 0))
 
 
-def locator_loss(model, batch):
-    """Stage 1: dice + focal between map_patch and mask_patch."""
+def locator_loss(model, batch, **focal):
+    """Stage 1: dice + focal between map_patch and mask_patch. focal: alpha and gamma, if not the paper's."""
     output = model(batch["images"], batch["tokens"], batch["image_index"])
-    return kernels.dice_focal(output["patch_logits"], patch_target(batch["masks"], model.patch_size))
+    return kernels.dice_focal(output["patch_logits"], patch_target(batch["masks"], model.patch_size), **focal)
 
 
-def refiner_loss(model, batch):
+def refiner_loss(model, batch, **focal):
     """Stage 2: dice + focal between both score maps of map_pixel and mask_pixel: background is what the mask is not."""
     output = model(batch["images"], batch["tokens"], batch["image_index"])
     foreground = batch["masks"].bool()
-    return kernels.dice_focal(output["mask_logits"], torch.stack([~foreground, foreground], dim=1))
+    return kernels.dice_focal(output["mask_logits"], torch.stack([~foreground, foreground], dim=1), **focal)
 
 
 def contrastive_loss(clip, batch):
@@ -425,16 +425,20 @@ def build_model(args, stage):
     return model.to(args.device)
 
 
-def run_stage(args, stage, dataset):
-    """Trains stage 1 or 2 into --out -> the model, and whether fit found it sound."""
+def run_stage(args, stage, dataset, prepare=None, loss_of=None):
+    """Trains stage 1 or 2 into --out -> the model, and whether fit found it sound.
+
+    For ablate.py: prepare(model) changes the model before it learns, loss_of takes the place of the stage's loss."""
     settings = stage_settings(args, stage)
     torch.manual_seed(args.seed)
     model = build_model(args, stage)
+    if prepare:
+        prepare(model)
     per_epoch = len(data.plan_epoch(dataset, 0, args.seed, settings["batch_size"], settings["per_image"]))
     steps = settings["steps"] or settings["epochs"] * per_epoch
     settings |= {"modules": list(model.config.modules), "image_size": model.config.image_size,
                  "refs": len(dataset.refs)}
-    loss_of = locator_loss if stage == 1 else refiner_loss
+    loss_of = loss_of or (locator_loss if stage == 1 else refiner_loss)
     sound = fit(stage, model, loss_of, lambda start: sample_batches(model, dataset, settings, args, start), steps,
                 settings, args, model.save_pretrained)
     return model, sound

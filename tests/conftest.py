@@ -18,9 +18,9 @@ from shapes import write_shapes  # noqa: E402
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small shapes world on disk: 60 scenes."""
+    """A small shapes world on disk: 60 scenes, and 4 for each of A.2.1's failures."""
     root = tmp_path_factory.mktemp("world")
-    write_shapes(root, 60, seed=7)
+    write_shapes(root, 60, seed=7, limits=4)
     return root
 
 

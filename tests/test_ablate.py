@@ -1,4 +1,4 @@
-"""Every row of Tables 3, 4 and 5 trains, and a killed ablation goes on."""
+"""Every row of Tables 3, 4 and 5 and of the errata trains, and a killed ablation goes on."""
 
 import json
 from dataclasses import replace
@@ -25,8 +25,9 @@ def arguments(world, out, table, *more):
                               *map(str, more)])
 
 
-@pytest.mark.parametrize("table, rows", [(3, 5), (4, 7), (5, 10)])
-def test_every_row_trains_and_is_counted(world, out, table, rows, capsys):
+@pytest.mark.parametrize("table, rows, models", [(3, 5, 5), (4, 7, 7), (5, 10, 8), ("errata", 9, 3)])
+def test_every_row_trains_and_is_counted(world, out, table, rows, models, capsys):
+    """models: those that differ in what they cost. Table 5 has the full one three times, an erratum how it learns."""
     ablate.main(arguments(world, out, table, "--json", out / "t.json", "--markdown"))
     result = json.loads((out / "t.json").read_text())["rows"]
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -36,7 +37,7 @@ def test_every_row_trains_and_is_counted(world, out, table, rows, capsys):
         assert f"| {name} |" in "\n".join(printed) and 0 <= cell["mIoU"] <= 100 and cell["sentences"] > 0
         assert cell["flops"] > 1e8 and cell["trained_parameters"] > 0
     costs = {tuple(r["seeds"][0][k] for k in ("trained_parameters", "flops")) for r in result.values()}
-    assert len(costs) == (rows - 2 if table == 5 else rows)  # Table 5 has the full model three times
+    assert len(costs) == models
     if table == 3:
         assert Image.open(out / "figure1.png").width > 6 * 240
 
@@ -64,6 +65,27 @@ def test_fine_tuning_moves_clip_and_nothing_else_does(world, out):
         start = RISCLIP(replace(CONFIGS["tiny"], image_size=48)).clip
         moved[cell] = [not torch.equal(p, q) for p, q in zip(clip.parameters(), start.parameters())]
     assert not any(moved["full"]) and sum(moved["fine_tuned-True"]) > 0.9 * len(moved["full"])
+
+
+def test_an_erratum_changes_what_it_says(world, out):
+    ablate.main(arguments(world, out, "errata"))
+    cells = {name: out / f"{ablate.cell_name(change)}-0" for name, change, _ in ablate.ERRATA}
+    start = RISCLIP(replace(CONFIGS["tiny"], image_size=48)).state_dict()
+    ours, _, _, raw, scalers, nonzero, end_to_end, *_ = [
+        RISCLIP.from_pretrained(find_checkpoint(cell)).state_dict() for cell in cells.values()]
+    losses = [[json.loads(line)["loss"] for line in open(cell / "log.jsonl")] for cell in cells.values()]
+    fixed = [name for name in start if name.endswith(ablate.FIXED["scalers"])]
+    assert len(fixed) == 2 * (6 + 3) + 3 * 4 + 2 * 6  # Adapters, CFE, SKE
+    for name in fixed:
+        assert torch.equal(scalers[name], start[name]) and not torch.equal(ours[name], start[name]), name
+    for name in ablate.FIXED["map"]:
+        assert raw[name] == 0 and not torch.equal(ours[name], start[name])
+    for name in ("image_adapters.5.1.up.weight", "cfe.0.s2v.weight", "ske.1.text.cross_attention.v.weight"):
+        assert 0 < ours[name].abs().max() < 0.01 < nonzero[name].abs().mean()  # two steps do not go so far
+        assert end_to_end[name].any()
+    assert not find_checkpoint(cells["end to end: both losses, no stages (3.5)"], 1) and len(losses[6]) == 1
+    for alone in (losses[0], *losses[-2:]):
+        assert len(alone) == 2 and all(x != y for x, y in zip(alone, losses[0])) == (alone is not losses[0])
 
 
 @pytest.mark.parametrize("name", fusions.FUSIONS)
@@ -122,7 +144,7 @@ def test_mean_and_sample_standard_deviation():
 def test_the_papers_settings_are_the_ablations():
     args = ablate.parse_args(["--table", "5", "--backbone", "B", "--dataset", "refcocog"])
     assert (args.run.image_size, args.run.epochs, args.split) == (240, 50, "test")
-    assert [tuple(change.values()) for _, change, _ in ablate.table_rows(5, "B")] == [
+    assert [tuple(change.values()) for _, change, _ in ablate.table_rows("5", "B")] == [
         (3,), (6,), (9,), (), (2,), (4,), (), (2,), (4,), ()]
     with pytest.raises(SystemExit):
         ablate.parse_args(["--table", "3", "--seed", "1"])

@@ -164,9 +164,10 @@ def test_the_command_measures_every_sentence_once_under_every_protocol(world, ch
     assert "mIoU attribute" in capsys.readouterr().out
 
 
-def test_the_command_draws_the_papers_figures(world, checkpoint, tmp_path):
-    evaluate.main(evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--limit", "2", "--figures",
-                                       str(tmp_path / "figures"), "--against", str(checkpoint)]))
+@pytest.mark.parametrize("split", ["val", "characters"])
+def test_the_command_draws_the_papers_figures(world, checkpoint, tmp_path, split):
+    evaluate.main(evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", split, "--limit", "2",
+                                       "--figures", str(tmp_path / "figures"), "--against", str(checkpoint)]))
     widths = {path.name: Image.open(path).width for path in (tmp_path / "figures").iterdir()}
     assert set(widths) == {"samples.png", "good.png", "failures.png", "evolution.png", "compared.png"}
     assert widths["evolution.png"] > 6 * 240 and widths["compared.png"] > widths["good.png"] > 480

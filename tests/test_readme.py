@@ -17,7 +17,8 @@ import evaluate
 import train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-MODULES = ("ablate", "bench", "data", "evaluate", "fusions", "kernels", "predict", "risclip", "train")
+MODULES = ("ablate", "bench", "data", "evaluate", "fusions", "kernels", "predict", "risclip", "shapes",
+           "train")
 ROWS = [row.split("|")[1:3] for row in README.split("## Walkthrough")[1].split("\n## ")[0].splitlines()
         if row.startswith("| ")][1:]
 NAMES = [name for _, here in ROWS for name in re.findall(r"`([a-z]+\.[^`]+)`", here)]
@@ -84,7 +85,7 @@ def test_every_command_parses():
     assert {module for module, _ in found} >= {"train", "predict", "evaluate", "ablate"}
     for module, arguments in found:
         importlib.import_module(module).parse_args(arguments)
-    table_5 = {tuple(change) for _, change, _ in ablate.table_rows(5, "B")}
+    table_5 = {tuple(change) for _, change, _ in ablate.table_rows("5", "B")}
     assert table_5 == {(), ("adapter_layers",), ("cfe_layers",), ("ske_layers",)}
 
 

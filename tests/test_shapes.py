@@ -1,6 +1,7 @@
 """The shapes world: every sentence is true of exactly one object, by a reader that shares no code with the writer."""
 
 import json
+import pickle
 import random
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import shapes
-from data import RefCOCO
+from data import DataError, RefCOCO
 from shapes import Captioned, Scenes, draw_palette, draw_scene, draw_words, expressions, statement, write_shapes
 
 SIZES = {"small": "small", "little": "small", "large": "large", "big": "large"}
@@ -100,7 +101,7 @@ def test_an_object_is_where_the_owner_map_says_and_mostly_seen():
 
 def test_the_world_on_disk_is_the_same_for_the_same_seed_and_has_three_splits(tmp_path):
     for name in "ab":
-        write_shapes(tmp_path / name, 40, seed=3)
+        write_shapes(tmp_path / name, 40, seed=3, limits=0)
     for file in ("shapes/instances.json", "shapes/refs(shapes).p", "images/shapes/3_000007.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     images = {split: {s.image for s in RefCOCO(tmp_path / "a", "shapes", split).sentences}
@@ -108,6 +109,46 @@ def test_the_world_on_disk_is_the_same_for_the_same_seed_and_has_three_splits(tm
     assert [len(i) for i in images.values()] == [30, 1, 9]
     records = json.loads((tmp_path / "a/shapes/instances.json").read_text())["images"]
     assert {r["width"] for r in records} == {96}
+
+
+@pytest.mark.parametrize("split", shapes.LIMITS)
+def test_a_mark_or_its_absence_singles_out_one_of_two_that_are_otherwise_alike(split):
+    for seed in range(25):
+        objects, image, owner, said = shapes.draw_limit(random.Random(seed), split)
+        ((k, ((kind, text),)),) = said.items()
+        noun, end = re.fullmatch(r"the (\w+(?: \w+)?) with(.*)", text).groups()
+        wanted = "" if end in (" no dot", "out a dot") else re.fullmatch(r" (?:a|the number|the letter) (\w)", end)[1]
+        meant = [o for o in described(noun, objects) if o.mark == wanted]
+        assert kind == split and len(meant) == 1 and meant[0] is objects[k], (seed, text, objects)
+        me = objects[k]
+        twins = [o for o in described(f"{me.size} {me.colour} {me.kind}", objects) if o is not me]
+        assert twins and all(o.mark and o.mark != me.mark for o in twins)
+        for i, o in enumerate(objects):  # what is drawn: something black or white, where there is a mark
+            ys, xs = np.nonzero(owner == i + 1)
+            middle = image[ys, xs][np.hypot(xs + 0.5 - o.x, ys + 0.5 - o.y) < 0.4 * o.radius].astype(int)
+            drawn = (np.abs(middle - shapes.COLOURS[o.colour]).max(axis=1) > 90).sum()
+            assert drawn > 5 if o.mark else drawn == 0, (seed, o)
+
+
+def test_the_scenes_of_a_split_depend_on_the_size_of_no_other(tmp_path):
+    worlds = {}
+    for images, limits in ((20, 0), (20, 3), (30, 3)):
+        root = tmp_path / f"{images}-{limits}"
+        write_shapes(root, images, seed=3, limits=limits)
+        refs = pickle.loads((root / "shapes/refs(shapes).p").read_bytes())
+        worlds[images, limits] = refs, {p.name: p.read_bytes() for p in (root / "images/shapes").iterdir()}
+    (refs, pictures), (more, more_pictures), (_, other_pictures) = worlds.values()
+    assert more[:len(refs)] == refs and {r["split"] for r in more[len(refs):]} == set(shapes.LIMITS)
+    assert pictures.items() < more_pictures.items() < other_pictures.items() and len(more_pictures) == 20 + 2 * 3
+    file_names = {ref["file_name"] for ref in refs}
+    assert file_names.isdisjoint(ref["file_name"] for ref in more[len(refs):])
+    assert [len(RefCOCO(tmp_path / "20-3", "shapes", split)) for split in shapes.LIMITS] == [3, 3]
+
+
+def test_a_world_without_the_further_splits_says_how_to_get_them(tmp_path):
+    write_shapes(tmp_path, 10, seed=3, limits=0)
+    with pytest.raises(DataError, match="'absence': write the world anew.*data.py shapes"):
+        RefCOCO(tmp_path, "shapes", "absence")
 
 
 # ---- For the tiny CLIP ----------------------------------------------------------------------------------------------
