@@ -83,7 +83,7 @@ class Config:
 
 CONFIGS = {
     "tiny": Config("tiny", "tiny", "tiny_clip.safetensors", image_size=96, adapter_bottlenecks=(64, 64), cfe_layers=3,
-                   cfe_heads=4, ske_layers=2, map_temperature=4.0, map_threshold=0.75, decoder_widths=(64, 48, 32, 16),
+                   cfe_heads=4, ske_layers=2, map_temperature=8.0, map_threshold=0.6, decoder_widths=(64, 48, 32, 16),
                    precision="fp32"),
     "B": Config("B", "ViT-B-16-plus-240", "laion400m_e32", image_size=640),
     "L": Config("L", "ViT-L-14-336", "openai", image_size=560, quick_gelu=True, adapter_bottlenecks=(512, 384),

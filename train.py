@@ -52,14 +52,14 @@ from risclip import (
     read_safetensors,
     text_layer,
 )
-from shapes import LESSONS, Captioned
+from shapes import Captioned
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
 MINI = dict(epochs=None, lr=2e-3, batch_size=16, per_image=4, warmup=30, augment=False, save_every=200)
 SETTINGS = {
     ("tiny", 0): MINI | dict(steps=4000, lr=1e-3, batch_size=32, warmup=50),
-    ("tiny", 1): MINI | dict(steps=800, lr=1e-3),
+    ("tiny", 1): MINI | dict(steps=1000, lr=6e-4),
     ("tiny", 2): MINI | dict(steps=140),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
     **{(size, 2): PAPER | dict(steps=None, epochs=1) for size in "BL"},
@@ -99,14 +99,14 @@ def contrastive_loss(clip, batch):
     one, so that all patches of an object have to know it and not the best one alone. Then cross-entropy against the
     true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
     """
-    tokens, truth, (top, left) = batch["tokens"], batch["truth"].float(), batch["corner"]  # truth (I, C)
+    tokens, truth, corners = batch["tokens"], batch["truth"].float(), batch["corners"]  # (C, T), (I, C), (I, 2)
     visual, no_adapters, T = clip.visual, (torch.nn.Identity(), torch.nn.Identity()), tokens.size(1)
     clip.seen[tokens] = True
 
-    v = visual.conv1(batch["images"])  # (I, D, h, w), perhaps the window of a scene whose corner is top, left
-    h, w = v.shape[2:]
-    positions = visual.positional_embedding[1:].view(*visual.grid_size, -1)[top:top + h, left:left + w].flatten(0, 1)
-    v = v.flatten(2).transpose(1, 2) + positions
+    v = visual.conv1(batch["images"])  # (I, D, h, w), perhaps the window of a scene that has its corner at top, left
+    rows, columns = (corners[:, i, None] + torch.arange(v.size(2 + i)) for i in range(2))
+    places = (rows[:, :, None] * visual.grid_size[1] + columns[:, None]).flatten(1)
+    v = v.flatten(2).transpose(1, 2) + F.embedding(places, visual.positional_embedding[1:])
     class_token = visual.class_embedding + visual.positional_embedding[0]
     v = visual.ln_pre(torch.cat([class_token.expand(len(v), 1, -1), v], dim=1))
     for i, block in enumerate(visual.transformer.resblocks):
@@ -153,13 +153,13 @@ def sample_batches(model, dataset, settings, args, start):
 
 def captioned_batches(tokenizer, settings, args, start):
     """Batches of stage 0 from step `start` on: scenes, captions and which captions are true of which scenes."""
-    lessons = LESSONS[-1:] if args.clip else LESSONS
-    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed, lessons)
+    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
     loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
-    for scenes, texts, truth, corner in loader:
+    for scenes, texts, truth, corners in loader:
         images, tokens = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
-        yield {"images": images, "tokens": tokens[:, : int((tokens > 0).sum(1).max())], "corner": corner, "lost": 0,
-               "truth": torch.as_tensor(truth), "texts": texts[:len(scenes)]}  # the loop counts samples by them
+        yield {"images": images, "tokens": tokens[:, : int((tokens > 0).sum(1).max())], "lost": 0,
+               "truth": torch.as_tensor(truth), "corners": torch.as_tensor(corners),
+               "texts": texts[:len(scenes)]}  # the loop counts samples by them
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------

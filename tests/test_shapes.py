@@ -153,26 +153,37 @@ def test_a_world_without_the_further_splits_says_how_to_get_them(tmp_path):
 
 # ---- For the tiny CLIP ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("places", [True, False])
-def test_a_statement_is_true_of_its_own_scene_and_false_of_most(places):
+@pytest.mark.parametrize("shares", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.3, 0.1)])
+def test_a_statement_is_true_of_its_own_scene_and_false_of_most(shares):
     rng, scenes = random.Random(0), [scene(seed)[0][0] for seed in range(80)]
-    truth = np.stack([holds(Scenes(scenes)) for _, holds in (statement(objects, rng, places) for objects in scenes)], 1)
+    truth = np.stack([holds(Scenes(scenes)) for _, holds in (statement(objects, rng, shares) for objects in scenes)], 1)
     assert truth.shape == (80, 80) and truth.diagonal().all() and truth.mean() < 0.5
 
 
-def test_statements_without_a_place_name_none():
+@pytest.mark.parametrize("shares, least, most", [((0, 0, 0), 0, 0), ((1, 0, 0), 150, 200)])
+def test_as_many_statements_name_a_place_as_asked(shares, least, most):
     rng = random.Random(1)
-    texts = [statement(scene(seed)[0][0], rng, places=False)[0] for seed in range(200)]
-    assert not any(re.search(r"(at|on|in) the (top|bottom|left|right)( |$)", text) for text in texts
-                   if "that is on the right of" not in text)
+    texts = [statement(scene(seed)[0][0], rng, shares)[0] for seed in range(200)]
+    assert least <= sum(bool(re.search("left|right|top|bottom|lowest", text)) for text in texts) <= most
 
 
 def test_lessons_go_from_single_shapes_to_whole_scenes():
     captioned = Captioned(100, 8, seed=0)
-    for i, (count, side, captions) in {0: (24, 40, 24), 59: (24, 40, 24), 60: (8, 96, 32), 99: (8, 96, 32)}.items():
-        images, texts, truth, (top, left) = captioned[i]
+    for i, (count, side, captions) in {0: (24, 40, 24), 19: (24, 40, 24), 20: (24, 56, 48), 67: (24, 56, 48),
+                                       68: (8, 96, 32), 99: (8, 96, 32)}.items():
+        images, texts, truth, corners = captioned[i]
         assert images.shape == (count, side, side, 3) and len(texts) == captions and truth.shape == (count, captions)
         assert truth[:, :count].diagonal().all()
-        assert 0 <= min(top, left) and max(top, left) * 8 + side <= 96
-    assert np.array_equal(captioned[60][0], Captioned(100, 8, seed=0)[60][0])
-    assert Captioned(100, 8, 0, shapes.LESSONS[-1:])[0][0].shape == (8, 96, 96, 3)
+        assert corners.shape == (count, 2) and corners.min() >= 0 and corners.max() <= (96 - side) // 8
+    assert np.array_equal(captioned[68][0], Captioned(100, 8, seed=0)[68][0])
+
+
+def test_a_window_is_where_its_caption_says():
+    """What is said of a place, and what is true, is about the whole scene in which the picture has its window."""
+    lesson = shapes.Lesson(1, 3, 40, (1, 1), said=(1, 0, 0))
+    _, texts, _, corners = Captioned(1, 32, 0, (lesson,))[0]
+    for text, (top, left) in zip(texts, corners):  # a shape in a picture of 40 pixels lies 10 or more from its edges
+        if "leftmost" in text or "the left" in text:
+            assert 8 * left + 10 < 38
+        if "lowest" in text or "the bottom" in text:
+            assert 8 * top + 30 > 58
