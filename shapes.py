@@ -409,8 +409,8 @@ class Lesson:
     said: tuple[float, float, float] = (0, 0, 0)  # shares of statement()
 
 
-# Words are learned in small pictures, which cost a fraction of a scene: what a shape is and where in the scene its window
-# lies, then how two shapes lie to each other. In whole scenes, which patches all that is about.
+# Words are learned in small pictures, which cost a fraction of a scene: what a shape is and where in the scene its
+# window lies, then how two shapes lie to each other; in whole scenes, which patches all that is about.
 LESSONS = (Lesson(0.2, 3, 40, (1, 1), said=(0.5, 0, 0)),
            Lesson(0.48, 3, 56, (1, 2), layouts=4, said=(0.2, 0.3, 0.1)),
            Lesson(0.32, 1, SCENE, (3, 6), layouts=2, said=(0.1, 0.15, 0.1)))
