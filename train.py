@@ -330,7 +330,11 @@ def load_training_state(checkpoint, optimizer, net, run):
     if changed:
         raise DataError(f"--resume: {checkpoint} was trained otherwise: {'; '.join(changed)}")
     with unbroken(checkpoint):
-        optimizer.load_state_dict(state["optimizer"])
+        own = {"param_groups": optimizer.state_dict()["param_groups"]}  # settings come from the flags, not from a file
+        optimizer.load_state_dict(state["optimizer"] | own)
+        for p, moments in optimizer.state.items():  # load_state_dict takes any, and step() would fail
+            if {k: v.shape for k, v in moments.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError
         torch.set_rng_state(state["torch_rng"])
         if "net" in state:
             net.load_state_dict(state["net"])

@@ -348,6 +348,24 @@ def test_a_hostile_training_state_is_refused_and_not_run(world, run, tmp_path, c
     assert canary.exists(), "a dud: it would not have run anyway"
 
 
+@pytest.mark.parametrize("change", [
+    lambda moments: {**moments, 0: moments[0] | {"exp_avg": torch.zeros(3, 5)}},
+    lambda moments: {**moments, 0: moments[0] | {"exp_avg_sq": 0.0}},
+    lambda moments: {**moments, 0: {k: v for k, v in moments[0].items() if k != "exp_avg_sq"}},
+    lambda moments: {"x" if n == 0 else n: m for n, m in moments.items()},
+    lambda moments: list(moments.values())], ids=["shape", "no tensor", "lacks one", "whose", "list"])
+def test_moments_that_fit_no_parameter_are_refused(world, run, tmp_path, capsys, change):
+    """Plain data, and so nothing that torch.load minds: the first step would end in a traceback."""
+    checkpoint = tmp_path / "stage1-000003"
+    shutil.copytree(run / "stage1-000003", checkpoint)
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    state["run"] = state["run"].replace('"steps": 3', '"steps": 4')
+    args = arguments(world, tmp_path, "--stage", 1, "--steps", 4, "--resume")
+    state["optimizer"]["state"] = change(state["optimizer"]["state"])
+    torch.save(state, checkpoint / "training.pt")
+    refused(capsys, args, "training.pt is broken", f"remove {checkpoint}")
+
+
 def test_hostile_weights_are_refused_and_not_run(world, run, tmp_path, capsys):
     canary, checkpoint = tmp_path / "canary", tmp_path / "o" / "stage1-000003"
     shutil.copytree(run / "stage1-000003", checkpoint)
