@@ -38,7 +38,7 @@ import data
 import kernels
 import parallel
 from data import DataError, read_json
-from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
+from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table, warn_of_images_trained_on
 from risclip import (
     CONFIGS,
     RISCLIP,
@@ -466,16 +466,13 @@ def report(args, model, train, val, held_out):
         frozen = RISCLIP(replace(model.config, modules=(), decoder=False, clip="random")).to(args.device)
         frozen.clip = model.clip
         models = {"frozen CLIP's map": frozen, **models}
-    known = {image.file_name for image in train.images}.intersection(image.file_name for image in held_out.images)
-    if known and parallel.MAIN:
-        print(f"warning: {len(known)} of the {len(held_out.images)} images evaluated on were trained on",
-              file=sys.stderr)
+    known = warn_of_images_trained_on(train.images, held_out.images)
     for name, m in models.items():
         readouts = {f"{name}, upsampled": best_map_readout(m, val)}
         if m.decoder is not None:
             readouts["decoder's mask"] = MASK
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
-        results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": len(known)}
+        results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": known}
                     for row, readout in readouts.items()}
     if parallel.MAIN:
         data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")

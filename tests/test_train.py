@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import parallel
 import train
 from data import RefCOCO
@@ -439,8 +440,22 @@ def test_ones_own_json_trains_and_says_what_was_trained_on(world, tmp_path, caps
     assert "1 of the 1 images evaluated on were trained on" in capsys.readouterr().err
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert all(row["images_trained_on"] == 1 for row in metrics.values())
+    evaluates = [str(tmp_path / "o"), "--dataset", str(tmp_path / "own.json")]
+    evaluate.main(evaluate.parse_args(evaluates))
+    assert "warning: 1 of the 1 images evaluated on were trained on" in capsys.readouterr().err
     (tmp_path / "train.json").write_text(json.dumps([entry | {"split": "train"}]))
     refused(capsys, parse_args(["--dataset", str(tmp_path / "train.json"), "--out", str(tmp_path / "p")]), "val")
+
+
+def test_an_evaluation_on_images_trained_on_is_warned_about(world, run, tmp_path, capsys):
+    def warned(out, *flags):
+        evaluate.main(evaluate.parse_args([str(out), "--data-root", str(world), "--limit", "2", *flags]))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warned(run, "--split", "train") == ["warning: 2 of the 2 images evaluated on were trained on"]
+    assert warned(run, "--split", "test") == []
+    shutil.copytree(run / "stage1-000003", tmp_path / "o")
+    (tmp_path / "o" / "training.pt").write_bytes(b"no record")
+    assert warned(tmp_path / "o", "--split", "train") == []
 
 
 def test_stage_2_refuses_an_unfinished_stage_1(world, tmp_path, capsys, monkeypatch):
@@ -481,7 +496,6 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(world, tmp_p
 
 def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
     """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
-    import evaluate
     import predict
     flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size",
              "64", "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
