@@ -485,6 +485,7 @@ class RefCOCO:
             raise DataError(f"{path} holds no list of entries")
         splits = {None if e.get("split") is None else _need(e, "split", str, f"{path}: entry {n}")
                   for n, e in enumerate(entries)}
+        self.split_names = splits - {None}
         if None in splits and len(splits) > 1:
             raise DataError(f"{path}: some entries have a split and some have none: give all one, or none")
         if None not in splits and self.split not in (*splits, "all"):
@@ -675,8 +676,8 @@ def collate(items):
 def doubts(data, looks=20):
     """-> what is plainly wrong with a data set as a whole, one line each: split names that nothing asks for, sentences
     with the sent_id of others, and masks that are all empty, of those `looks` that are evenly spaced."""
-    sets = UNION if data.dataset == "combined" else [data.dataset]
-    lines, known = [], {split for name in sets for split in PUBLISHED.get(name, ())}
+    sets = UNION if data.dataset == "combined" else [data.dataset] if data.dataset in PUBLISHED else PUBLISHED
+    lines, known = [], {split for name in sets for split in PUBLISHED[name]}  # one's own are named as any published one
     if unknown := sorted(data.split_names - known):
         lines.append(f"refs of unknown splits: {', '.join(map(repr, unknown))}")
     counts = Counter(s.sent_id for s in data.sentences)

@@ -851,6 +851,17 @@ def test_check_reads_own_json(tmp_path, capsys):
     assert code == 1 and "mask.png is 11x13" in printed.out
 
 
+def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):
+    """Nothing asks for it, and its sentences would be left out without a word."""
+    right = [A | {"split": split} for split in ("train", "val", "test", "testA", "testB")]
+    assert data.doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
+    path = write_own(tmp_path, *right, B | {"split": "validation"}, B | {"split": "trian"})
+    line = "refs of unknown splits: 'trian', 'validation'"
+    assert data.doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
+    code, printed = check(capsys, "--root", tmp_path, "--dataset", path)
+    assert code == 1 and f"- {line}\n" in printed.out
+
+
 @pytest.mark.parametrize("dataset", ["refcoco", "combined", "nothing"])
 def test_a_users_mistake_is_one_line_on_stderr_and_exit_2(tmp_path, capsys, dataset):
     code, printed = check(capsys, "--root", tmp_path, "--dataset", dataset)
