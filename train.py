@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import kernels
 import parallel
-from data import DataError, read_json
+from data import DataError
 from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table, warn_of_images_trained_on
 from risclip import (
     CONFIGS,
@@ -49,6 +49,7 @@ from risclip import (
     find_checkpoint,
     image_layer,
     load_clip_state,
+    read_config,
     read_safetensors,
     text_layer,
 )
@@ -383,7 +384,7 @@ def check_run(args, stages):
         newest = find_checkpoint(args.out, stage)
         if newest and not args.resume:
             raise DataError(f"--out {args.out} holds {newest.name}: go on with --resume, or give another --out")
-        if newest and stage and (backbone := read_json(newest / "config.json").get("backbone")) != args.backbone:
+        if newest and stage and (backbone := read_config(newest / "config.json")[0].backbone) != args.backbone:
             raise DataError(f"{newest} has the backbone {backbone}, not --backbone {args.backbone}")
     if stages[0] == 2:
         first = find_checkpoint(args.out, 1)
@@ -490,10 +491,10 @@ def open_log(out, stage, step):
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue  # cut short
-        if entry["stage"] != stage or entry["step"] <= step:
-            kept.append(line + "\n")
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # cut short, or not ours
     data.write_text(path, "".join(kept))
     return open(path, "a")
 
