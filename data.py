@@ -59,6 +59,8 @@ MAX_POLYGONS = 10_000  # of one mask: the time goes with their square
 MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_REFS_BYTES = 128 * 2**20  # the published files take 30-50 MB
+MAX_BYTES = 512 * 2**20  # of any other file: instances.json of the published sets is a fraction of COCO's 330 MB
+MAX_CONFIG_BYTES = 2**20  # one takes 1 KB
 
 
 class DataError(ValueError):
@@ -117,7 +119,7 @@ def check_writable(folder):
     probe.unlink()
 
 
-def read_bytes(path, limit=2**40):
+def read_bytes(path, limit=MAX_BYTES):
     """-> a file's bytes. Raises DataError if it is missing, cannot be read, or has more bytes than the limit."""
     try:
         if Path(path).stat().st_size > limit:
@@ -127,10 +129,11 @@ def read_bytes(path, limit=2**40):
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_json(path, hook=None):
-    """-> a JSON file's content; `hook` sees every object of it. Raises DataError if it is missing or no JSON."""
+def read_json(path, hook=None, limit=MAX_BYTES):
+    """-> a JSON file's content; `hook` sees every object of it. Raises DataError if it is missing, no JSON, nested too
+    deeply or of more bytes than the limit."""
     try:
-        return json.loads(read_bytes(path), object_hook=hook)
+        return json.loads(read_bytes(path, limit), object_hook=hook)
     except DataError:
         raise
     except (ValueError, RecursionError, MemoryError) as error:
@@ -154,18 +157,17 @@ class PlainDispatch(dict):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Python's own unpickler with those opcodes alone that make dicts, lists, tuples, strings, numbers, None and bools.
+    """Python's own unpickler with those opcodes alone that make dicts, lists, strings, numbers, None and bools.
 
-    GLOBAL, REDUCE, INST, BUILD, EXT, persistent ids and the rest have no entry. The C unpickler would need a
-    `find_class`, and would take any amount of memory for a memo index that the file makes up; this one's memo is a
-    dict, and 50,000 refs take 2 s.
+    GLOBAL, REDUCE, INST, BUILD, EXT, persistent ids and the rest have no entry; nor have tuples: one nested a million
+    times would, as the key of a dict, end the process. The C unpickler would need a `find_class`, and would take any
+    amount of memory for a memo index that the file makes up; this one's memo is a dict, and 50,000 refs take 2 s.
     """
     dispatch = PlainDispatch({ord(op.code): pickle._Unpickler.dispatch[ord(op.code)] for op in pickletools.opcodes
                               if op.name in """PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE
                               GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
                               FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE
-                              LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS
-                              TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3""".split()})
+                              LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS""".split()})
 
 
 def load_refs(path):
@@ -485,6 +487,7 @@ class RefCOCO:
             raise DataError(f"{path} holds no list of entries")
         splits = {None if e.get("split") is None else _need(e, "split", str, f"{path}: entry {n}")
                   for n, e in enumerate(entries)}
+        self.split_names = splits - {None}
         if None in splits and len(splits) > 1:
             raise DataError(f"{path}: some entries have a split and some have none: give all one, or none")
         if None not in splits and self.split not in (*splits, "all"):
@@ -546,7 +549,7 @@ class RefCOCO:
             return decode_mask(r.segmentation, *self.size(r.image))
         except DataError:
             raise
-        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
             name = f"entry {r.ref_id}" if r.ann_id is None else f"ref {r.ref_id}, annotation {r.ann_id}"
             raise DataError(f"{self.dataset}: {name}: {one_line(error)}") from error
 
@@ -675,8 +678,8 @@ def collate(items):
 def doubts(data, looks=20):
     """-> what is plainly wrong with a data set as a whole, one line each: split names that nothing asks for, sentences
     with the sent_id of others, and masks that are all empty, of those `looks` that are evenly spaced."""
-    sets = UNION if data.dataset == "combined" else [data.dataset]
-    lines, known = [], {split for name in sets for split in PUBLISHED.get(name, ())}
+    sets = UNION if data.dataset == "combined" else [data.dataset] if data.dataset in PUBLISHED else PUBLISHED
+    lines, known = [], {split for name in sets for split in PUBLISHED[name]}  # one's own are named as any published one
     if unknown := sorted(data.split_names - known):
         lines.append(f"refs of unknown splits: {', '.join(map(repr, unknown))}")
     counts = Counter(s.sent_id for s in data.sentences)

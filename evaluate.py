@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import parallel
 from data import DataError
-from risclip import RISCLIP, score_maps
+from risclip import RISCLIP, find_checkpoint, score_maps
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BLUE, PINK = (40, 90, 255), (255, 60, 160)  # ground truth and prediction, as in the paper's figures
@@ -176,6 +176,23 @@ def evaluate(model, dataset, protocol="original", workers=0, limit=None, readout
         if by_kind:
             results[readout]["kinds"] = {kind: by_kind[kind].compute() for kind in sorted(by_kind)}
     return results
+
+
+def trained_on(source, root):
+    """-> the images that a checkpoint was trained on, as far as its training.pt tells and the data set is in root."""
+    try:
+        state = torch.load(find_checkpoint(source) / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+        return data.RefCOCO(root, json.loads(state["run"])["dataset"], "train").images
+    except Exception:  # no record, a broken one, or of data that is elsewhere: then it tells nothing
+        return []
+
+
+def warn_of_images_trained_on(learned, images):
+    """One line on stderr if any of the images evaluated on are among those learned from. -> how many are."""
+    known = {image.file_name for image in learned}.intersection(image.file_name for image in images)
+    if known and parallel.MAIN:
+        print(f"warning: {len(known)} of the {len(images)} images evaluated on were trained on", file=sys.stderr)
+    return len(known)
 
 
 def best_map_readout(model, dataset, limit=150):
@@ -410,6 +427,8 @@ def main(args):
         check_writable(path)
     model = load(args)
     other = load(argparse.Namespace(**vars(args) | {"checkpoint": args.against})) if args.against else None
+    if parallel.MAIN:
+        warn_of_images_trained_on(trained_on(args.checkpoint, args.data_root), dataset.images[:args.limit])
     result = evaluate(model, dataset, args.protocol, args.workers, args.limit)[MASK]
     result |= {"dataset": args.dataset, "split": args.split}
     print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "

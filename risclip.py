@@ -46,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import kernels
-from data import DataError, one_line, preprocess, read_json
+from data import MAX_CONFIG_BYTES, DataError, one_line, preprocess, read_json
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -583,7 +583,7 @@ def read_config(path):
             return type(value) in (type(like), int) and 0 <= value <= most
         return type(value) is type(like)
 
-    saved = read_json(path)
+    saved = read_json(path, limit=MAX_CONFIG_BYTES)
     try:
         expected, preset = saved.pop("clip_fingerprint", None), CONFIGS[saved["backbone"]]
         for key, value in saved.items():

@@ -37,8 +37,8 @@ from tqdm import tqdm
 import data
 import kernels
 import parallel
-from data import DataError, read_json
-from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table
+from data import DataError
+from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table, warn_of_images_trained_on
 from risclip import (
     CONFIGS,
     RISCLIP,
@@ -49,6 +49,7 @@ from risclip import (
     find_checkpoint,
     image_layer,
     load_clip_state,
+    read_config,
     read_safetensors,
     text_layer,
 )
@@ -330,7 +331,11 @@ def load_training_state(checkpoint, optimizer, net, run):
     if changed:
         raise DataError(f"--resume: {checkpoint} was trained otherwise: {'; '.join(changed)}")
     with unbroken(checkpoint):
-        optimizer.load_state_dict(state["optimizer"])
+        own = {"param_groups": optimizer.state_dict()["param_groups"]}  # settings come from the flags, not from a file
+        optimizer.load_state_dict(state["optimizer"] | own)
+        for p, moments in optimizer.state.items():  # load_state_dict takes any, and step() would fail
+            if {k: v.shape for k, v in moments.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError
         torch.set_rng_state(state["torch_rng"])
         if "net" in state:
             net.load_state_dict(state["net"])
@@ -379,7 +384,7 @@ def check_run(args, stages):
         newest = find_checkpoint(args.out, stage)
         if newest and not args.resume:
             raise DataError(f"--out {args.out} holds {newest.name}: go on with --resume, or give another --out")
-        if newest and stage and (backbone := read_json(newest / "config.json").get("backbone")) != args.backbone:
+        if newest and stage and (backbone := read_config(newest / "config.json")[0].backbone) != args.backbone:
             raise DataError(f"{newest} has the backbone {backbone}, not --backbone {args.backbone}")
     if stages[0] == 2:
         first = find_checkpoint(args.out, 1)
@@ -462,16 +467,13 @@ def report(args, model, train, val, held_out):
         frozen = RISCLIP(replace(model.config, modules=(), decoder=False, clip="random")).to(args.device)
         frozen.clip = model.clip
         models = {"frozen CLIP's map": frozen, **models}
-    known = {image.file_name for image in train.images}.intersection(image.file_name for image in held_out.images)
-    if known and parallel.MAIN:
-        print(f"warning: {len(known)} of the {len(held_out.images)} images evaluated on were trained on",
-              file=sys.stderr)
+    known = warn_of_images_trained_on(train.images, held_out.images)
     for name, m in models.items():
         readouts = {f"{name}, upsampled": best_map_readout(m, val)}
         if m.decoder is not None:
             readouts["decoder's mask"] = MASK
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
-        results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": len(known)}
+        results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": known}
                     for row, readout in readouts.items()}
     if parallel.MAIN:
         data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
@@ -489,10 +491,10 @@ def open_log(out, stage, step):
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue  # cut short
-        if entry["stage"] != stage or entry["step"] <= step:
-            kept.append(line + "\n")
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # cut short, or not ours
     data.write_text(path, "".join(kept))
     return open(path, "a")
 

@@ -89,9 +89,9 @@ def test_refs_of_every_protocol_are_read_alike(tmp_path, dump):
 
 
 def test_python_2_byte_strings_are_latin_1():
-    content = b"(lS'caf\\xe9'\naVcaf\\u00e9\naU\x04caf\xe9aI01\naF0.5\naL7L\na(I1\ntaNa."
+    content = b"(lS'caf\\xe9'\naVcaf\\u00e9\naU\x04caf\xe9aI01\naF0.5\naL7L\naNa."
     read = data.PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    assert read == ["café", "café", "café", True, 0.5, 7, (1,), None]
+    assert read == ["café", "café", "café", True, 0.5, 7, None]
 
 
 class Call:
@@ -849,6 +849,17 @@ def test_check_reads_own_json(tmp_path, capsys):
     assert code == 0 and "complete" in printed.out
     code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, A, B | {"image": "a.png"}))
     assert code == 1 and "mask.png is 11x13" in printed.out
+
+
+def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):
+    """Nothing asks for it, and its sentences would be left out without a word."""
+    right = [A | {"split": split} for split in ("train", "val", "test", "testA", "testB")]
+    assert data.doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
+    path = write_own(tmp_path, *right, B | {"split": "validation"}, B | {"split": "trian"})
+    line = "refs of unknown splits: 'trian', 'validation'"
+    assert data.doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
+    code, printed = check(capsys, "--root", tmp_path, "--dataset", path)
+    assert code == 1 and f"- {line}\n" in printed.out
 
 
 @pytest.mark.parametrize("dataset", ["refcoco", "combined", "nothing"])

@@ -7,6 +7,7 @@ always the same ones; `pytest -m slow tests/test_fuzz.py` tries 10,200.
 import copy
 import io
 import json
+import os
 import pickle
 
 import numpy as np
@@ -179,3 +180,30 @@ def test_a_changed_file_is_read_or_refused(tmp_path, reader, times):
     attempt()
     print(reader.__name__, outcomes)
     assert min(outcomes.values()) > 0.02 * EXAMPLES  # some are near enough to good files, some are not
+
+
+@pytest.mark.parametrize("reader", [refs, instances, own_list, config])
+def test_an_absurd_size_or_nesting_is_refused(tmp_path, reader):
+    path, _, read = reader(tmp_path)
+    path.touch()
+    os.truncate(path, data.MAX_BYTES + 1)  # a hole: it takes no disk
+    with pytest.raises(DataError, match="MiB: is it the right file"):
+        read()
+    depth = 1_000_000
+    for content in (b"[" * depth, b'{"a":' * depth, b"})" + b"\x85" * depth + b"Ns."):  # a tuple as a pickle's key
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            read()
+
+
+def test_a_nesting_that_can_be_read_but_not_printed_is_refused(tmp_path):
+    refs, instances = world(tmp_path)
+    instances["annotations"][0]["segmentation"] = {"size": "here", "counts": ""}
+    content = as_json(instances).replace(b'"here"', b"[" * 850 + b"]" * 850)
+    (tmp_path / "refcoco" / "instances.json").write_bytes(content)
+    opened = RefCOCO(tmp_path, "refcoco", "train")
+
+    def deeper(frames):  # as far down as a loader's worker and more
+        return deeper(frames - 1) if frames else opened.mask(0)
+    with pytest.raises(DataError, match="recursion"):
+        deeper(150)

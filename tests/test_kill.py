@@ -1,6 +1,7 @@
 """A run killed at any moment goes on to the very weights of one that was not.
 
-The default run kills three times; `pytest -m slow tests/test_kill.py` 50 times, or as RISCLIP_KILLS says.
+The default run kills three times; `pytest -m slow tests/test_kill.py` 50 times, and a run of two processes twice, or as
+RISCLIP_KILLS says.
 """
 
 import multiprocessing
@@ -9,8 +10,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,15 +23,17 @@ import data
 import train
 from risclip import find_checkpoint
 
+REPOSITORY = Path(train.__file__).parent
 STEPS = 6
 CONTEXT = multiprocessing.get_context("forkserver")  # a process that has imported torch, and run nothing, forks them
 CONTEXT.set_forkserver_preload(["train"])
 
 
-def trains(flags, errors, largest_file=None):
+def trains(flags, errors=None, largest_file=None):
     """What a child process does: train.py with these flags, a checkpoint every second step, and no evaluation. What it
-    prints on stderr goes to a file."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    prints on stderr goes to a file, if one is given."""
+    if errors:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
@@ -42,10 +47,13 @@ def stderr(out):
     return out.with_name(f"{out.name}.stderr")
 
 
+def flags(world, out, stage, *more):
+    return [str(f) for f in ("--data-root", world, "--out", out, "--stage", stage, "--steps", STEPS, "--batch-size", 2,
+                             "--image-size", 32, *more)]
+
+
 def start(world, out, stage, *more, **limits):
-    flags = ["--data-root", world, "--out", out, "--stage", stage, "--steps", STEPS, "--batch-size", 2,
-             "--image-size", 32, *more]
-    process = CONTEXT.Process(target=trains, args=([str(f) for f in flags], stderr(out)), kwargs=limits)
+    process = CONTEXT.Process(target=trains, args=(flags(world, out, stage, *more), stderr(out)), kwargs=limits)
     process.start()
     return process
 
@@ -74,12 +82,17 @@ def unbroken(world, tmp_path_factory):
     return out, seconds
 
 
-def kill(world, unbroken, out, stage, number, after):
-    """Kills a run of the stage after that many seconds, resumes it, and compares weights and log with the unbroken
-    one's. -> the killed run's exit code."""
+def prepare(out, unbroken, stage):
+    """Makes an --out, for stage 2 with the unbroken stage 1."""
     out.mkdir()
     if stage == 2:
         (out / f"stage1-{STEPS:06d}").symlink_to(unbroken / f"stage1-{STEPS:06d}", target_is_directory=True)
+
+
+def kill(world, unbroken, out, stage, number, after):
+    """Kills a run of the stage after that many seconds, resumes it, and compares weights and log with the unbroken
+    one's. -> the killed run's exit code."""
+    prepare(out, unbroken, stage)
     process = start(world, out, stage)
     time.sleep(after)
     if process.is_alive():
@@ -89,10 +102,14 @@ def kill(world, unbroken, out, stage, number, after):
     if code == 128 + number and (out / "log.jsonl").exists():  # it had begun to train, and so saved first
         assert find_checkpoint(out, stage)
     assert ends(start(world, out, stage, "--resume")) == 0
+    same(unbroken, out, stage)
+    return code
+
+
+def same(unbroken, out, stage):
     expected, resumed = weights(unbroken, stage), weights(out, stage)
     assert expected.keys() == resumed.keys() and all(torch.equal(expected[k], resumed[k]) for k in expected)
     assert not list(out.glob(".*partial"))
-    return code
 
 
 def kill_often(world, unbroken, tmp_path, times):
@@ -144,3 +161,85 @@ def test_a_second_run_is_kept_out_until_the_first_one_is_dead(world, unbroken, t
     process.kill()
     ends(process)
     assert ends(start(world, tmp_path, 1, "--resume")) == 0
+
+
+# ---- Two processes --------------------------------------------------------------------------------------------------
+
+def torchrun(out, *command):
+    """Starts a script with its flags as two processes of one thread -> the torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    with open(stderr(out), "w") as errors:
+        return subprocess.Popen(launch, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def until(there, process):
+    """Waits for there() to be true, or for the process to end."""
+    while not there() and process.poll() is None:
+        time.sleep(0.02)
+
+
+def two(world, out, stage, *more):
+    """Starts a run of this file as a script, and waits until it trains or ends."""
+    process = torchrun(out, __file__, str(out), *flags(world, out, stage, *more))
+    until((out / "log.jsonl").exists, process)
+    return process
+
+
+def saved(out, stage):
+    """The step of the newest checkpoint."""
+    newest = find_checkpoint(out, stage)
+    return int(newest.name.split("-")[1]) if newest else 0
+
+
+WAYS = {"both and torchrun": signal.SIGKILL, "one": signal.SIGKILL, "both": signal.SIGTERM, "torchrun": signal.SIGTERM}
+
+
+def kill_two(world, unbroken, out, stage, way, rng):
+    """As kill does, of two processes that train under torchrun. -> its exit code, and the step that was left."""
+    prepare(out, unbroken[1], stage)
+    process, begun = two(world, out, stage), rng.choice((0, 2))
+    until(lambda: saved(out, stage) >= begun, process)
+    time.sleep(rng.uniform(0, 0.3))  # two steps of stage 2
+    workers = [int(out.with_name(f"{out.name}.{rank}").read_text()) for rank in (0, 1)]
+    pids = {"both": workers, "one": [rng.choice(workers)], "torchrun": []}.get(way, workers)
+    for pid in [process.pid] * ("torchrun" in way) + pids:
+        try:
+            os.kill(pid, WAYS[way])
+        except ProcessLookupError:
+            pass  # it had ended before
+    code, left = process.wait(300), saved(out, stage)
+    resumed = two(world, out, stage, "--resume")
+    assert resumed.wait(300) == 0, stderr(out).read_text()
+    same(unbroken[stage], out, stage)
+    return code, left
+
+
+@pytest.mark.slow
+def test_killed_runs_of_two_processes_resume_bit_for_bit(world, tmp_path):
+    unbroken, killed, rng = {stage: tmp_path / f"unbroken{stage}" for stage in (1, 2)}, [], random.Random(0)
+    for stage, out in unbroken.items():
+        prepare(out, unbroken[1], stage)
+        assert two(world, out, stage).wait(300) == 0, stderr(out).read_text()
+    for i in range(int(os.environ.get("RISCLIP_KILLS", 2))):
+        stage, way = 1 + i % 2, rng.choice(list(WAYS))
+        code, left = kill_two(world, unbroken, tmp_path / str(i), stage, way, rng)
+        killed.append(left)
+        print(f"stage {stage}, {WAYS[way].name} to {way}: exit code {code}, left at step {left}", flush=True)
+    assert min(killed) < STEPS, "no run was killed before its end"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_first(world, tmp_path):
+    process = torchrun(tmp_path, "train.py", "--data-root", str(world), "--out", str(tmp_path), "--stage", "1",
+                       "--steps", "100000")
+    log = tmp_path / "log.jsonl"
+    until(lambda: log.exists() and log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) != 0 and "go on with --resume" in stderr(tmp_path).read_text()
+    assert int(find_checkpoint(tmp_path, 1).name.split("-")[1]) >= 10 and not list(tmp_path.glob(".*partial"))
+
+
+if __name__ == "__main__":  # what torchrun starts
+    Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(str(os.getpid()))
+    trains(sys.argv[2:])

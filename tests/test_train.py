@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import parallel
 import train
 from data import RefCOCO
@@ -348,6 +349,24 @@ def test_a_hostile_training_state_is_refused_and_not_run(world, run, tmp_path, c
     assert canary.exists(), "a dud: it would not have run anyway"
 
 
+@pytest.mark.parametrize("change", [
+    lambda moments: {**moments, 0: moments[0] | {"exp_avg": torch.zeros(3, 5)}},
+    lambda moments: {**moments, 0: moments[0] | {"exp_avg_sq": 0.0}},
+    lambda moments: {**moments, 0: {k: v for k, v in moments[0].items() if k != "exp_avg_sq"}},
+    lambda moments: {"x" if n == 0 else n: m for n, m in moments.items()},
+    lambda moments: list(moments.values())], ids=["shape", "no tensor", "lacks one", "whose", "list"])
+def test_moments_that_fit_no_parameter_are_refused(world, run, tmp_path, capsys, change):
+    """Plain data, and so nothing that torch.load minds: the first step would end in a traceback."""
+    checkpoint = tmp_path / "stage1-000003"
+    shutil.copytree(run / "stage1-000003", checkpoint)
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    state["run"] = state["run"].replace('"steps": 3', '"steps": 4')
+    args = arguments(world, tmp_path, "--stage", 1, "--steps", 4, "--resume")
+    state["optimizer"]["state"] = change(state["optimizer"]["state"])
+    torch.save(state, checkpoint / "training.pt")
+    refused(capsys, args, "training.pt is broken", f"remove {checkpoint}")
+
+
 def test_hostile_weights_are_refused_and_not_run(world, run, tmp_path, capsys):
     canary, checkpoint = tmp_path / "canary", tmp_path / "o" / "stage1-000003"
     shutil.copytree(run / "stage1-000003", checkpoint)
@@ -421,8 +440,22 @@ def test_ones_own_json_trains_and_says_what_was_trained_on(world, tmp_path, caps
     assert "1 of the 1 images evaluated on were trained on" in capsys.readouterr().err
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert all(row["images_trained_on"] == 1 for row in metrics.values())
+    evaluates = [str(tmp_path / "o"), "--dataset", str(tmp_path / "own.json")]
+    evaluate.main(evaluate.parse_args(evaluates))
+    assert "warning: 1 of the 1 images evaluated on were trained on" in capsys.readouterr().err
     (tmp_path / "train.json").write_text(json.dumps([entry | {"split": "train"}]))
     refused(capsys, parse_args(["--dataset", str(tmp_path / "train.json"), "--out", str(tmp_path / "p")]), "val")
+
+
+def test_an_evaluation_on_images_trained_on_is_warned_about(world, run, tmp_path, capsys):
+    def warned(out, *flags):
+        evaluate.main(evaluate.parse_args([str(out), "--data-root", str(world), "--limit", "2", *flags]))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warned(run, "--split", "train") == ["warning: 2 of the 2 images evaluated on were trained on"]
+    assert warned(run, "--split", "test") == []
+    shutil.copytree(run / "stage1-000003", tmp_path / "o")
+    (tmp_path / "o" / "training.pt").write_bytes(b"no record")
+    assert warned(tmp_path / "o", "--split", "train") == []
 
 
 def test_stage_2_refuses_an_unfinished_stage_1(world, tmp_path, capsys, monkeypatch):
@@ -463,7 +496,6 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(world, tmp_p
 
 def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
     """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
-    import evaluate
     import predict
     flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size",
              "64", "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
