@@ -36,6 +36,7 @@ def trains(flags, errors=None, largest_file=None):
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method("fork", force=True)  # its own readers, as train.py's: a server's would outlive it
     torch.set_num_threads(1)
     for settings in train.SETTINGS.values():
         settings["save_every"] = 2
