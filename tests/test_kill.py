@@ -99,7 +99,8 @@ def kill(world, unbroken, out, stage, number, after):
     if process.is_alive():
         os.kill(process.pid, number)
     code = ends(process)
-    assert code in (0, -number, 128 + number)  # 0: it had ended before
+    early = not (out / "log.jsonl").exists()  # Ctrl-C is then an exception, of which multiprocessing makes a 1
+    assert code in (0, -number, 128 + number, 1 if early and number == signal.SIGINT else 0)  # 0: it had ended before
     if code == 128 + number and (out / "log.jsonl").exists():  # it had begun to train, and so saved first
         assert find_checkpoint(out, stage)
     assert ends(start(world, out, stage, "--resume")) == 0
