@@ -264,7 +264,8 @@ def _write_scene(path, seed, i, split):
         shapes, image, owner, said = draw_limit(rng, split)
     else:
         shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
-        said = {k: [(kind, rng.choice(found)) for kind, found in expressions(shapes, k, rng).items() if found]
+        said = {k: [(kind, text) for kind, found in expressions(shapes, k, rng).items()
+                    for text in rng.sample(found, min(len(found), 1 + (split == "train" and kind == "attribute")))]
                 for k in rng.sample(range(len(shapes)), len(shapes))}
     Image.fromarray(image).save(path, compress_level=1)
     for k in [k for k in said if said[k]][:None if split == "train" else 1]:
@@ -278,8 +279,9 @@ def write_shapes(root, images, seed, limits=100):
     """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says, and `limits` more for
     each split of LIMITS.
 
-    A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out; for val and
-    test one shape a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
+    A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out, for train two
+    attributes where there are: fewer shapes have one, and from them all kinds learn their words. For val and test one
+    shape a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
     """
     root = Path(root)
     (root / "shapes").mkdir(parents=True, exist_ok=True)
