@@ -61,7 +61,7 @@ MINI = dict(epochs=None, lr=2e-3, batch_size=16, per_image=4, warmup=30, augment
 SETTINGS = {
     ("tiny", 0): MINI | dict(steps=4000, lr=1e-3, batch_size=32, warmup=50),
     ("tiny", 1): MINI | dict(steps=1200, lr=6e-4),
-    ("tiny", 2): MINI | dict(steps=360, batch_size=8),
+    ("tiny", 2): MINI | dict(steps=450, batch_size=8),
     **{(size, 1): PAPER | dict(steps=None) for size in "BL"},
     **{(size, 2): PAPER | dict(steps=None, epochs=1) for size in "BL"},
 }
