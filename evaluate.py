@@ -179,11 +179,13 @@ def evaluate(model, dataset, protocol="original", workers=0, limit=None, readout
 
 
 def trained_on(source, root):
-    """-> the images that a checkpoint was trained on, as far as its training.pt tells and the data set is in root."""
+    """-> the images that a checkpoint was trained on; none, and a line that says so, unless its training.pt tells the
+    data set and that is in root."""
     try:
         state = torch.load(find_checkpoint(source) / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         return data.RefCOCO(root, json.loads(state["run"])["dataset"], "train").images
-    except Exception:  # no record, a broken one (torch.load fails in many ways), or of data that is elsewhere
+    except Exception as error:  # no record, a broken one (torch.load fails in many ways), or of data that is elsewhere
+        print(f"note: cannot tell which images {source} was trained on ({type(error).__name__})", file=sys.stderr)
         return []
 
 

@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads,
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp()  # nor finds what a user has downloaded
 
 from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -25,12 +24,14 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def photos():
-    """Two real photographs in RefCOCO's layout, where they are at hand (RISCLIP_PHOTOS or ../shared/photos)."""
-    root = Path(os.environ.get("RISCLIP_PHOTOS", Path(__file__).parent.parent.parent / "shared" / "photos"))
-    if not (root / "refcoco").is_dir():
-        pytest.skip(f"no photographs in RefCOCO's layout at {root}: set RISCLIP_PHOTOS")
-    return root
+def photos(tmp_path_factory):
+    """Two pictures of a photograph's size in RefCOCO's layout, with refs and sentences in all its splits."""
+    from test_data import box, ref, write_set
+    splits = {"train": (2, 3, 2, 2), "val": (2, 2), "testA": (2,), "testB": (2, 2)}  # how many sentences a ref has
+    refs = [(split, sentences) for split, counts in splits.items() for sentences in counts]
+    refs = [ref(i, 1 + i % 2, split, ("the {} bowl", "fork {}", "left {}")[:n]) for i, (split, n) in enumerate(refs)]
+    boxes = {r["ref_id"]: [box(40 + 30 * r["ref_id"], 60, 160, 200)] for r in refs}
+    return write_set(tmp_path_factory.mktemp("photos"), "refcoco", refs, boxes, {1: (640, 480), 2: (500, 375)})
 
 
 @pytest.fixture

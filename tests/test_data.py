@@ -887,7 +887,7 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # ---- Photographs ----------------------------------------------------------------------------------------------------
 
-def test_real_photographs_are_read_in_refcocos_own_layout(photos, capsys):
+def test_photographs_are_read_in_refcocos_own_layout(photos, capsys):
     splits = {s: RefCOCO(photos, "refcoco", s) for s in ("train", "val", "testA", "testB")}
     assert {s: (len(d.refs), len(d)) for s, d in splits.items()} == {
         "train": (4, 9), "val": (2, 4), "testA": (1, 2), "testB": (2, 4)}

@@ -498,7 +498,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(world, tmp_p
     assert len(lines) == 5 and all(line["skipped_step"] and line["sent_ids"] for line in lines)
 
 
-# ---- Real photographs, real sizes -----------------------------------------------------------------------------------
+# ---- Photographs ----------------------------------------------------------------------------------------------------
 
 def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
     """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
