@@ -107,14 +107,9 @@ def costs(model):
     """Parameters that a run trains (both stages), and the operations of a forward pass with one image and sentence."""
     trained = sum(p.numel() for name, p in model.named_parameters() if is_stored(name, model.config))
     size = model.config.image_size
-    # On the CPU and without fused attention, which the counter does not know.
-    model, fast = model.cpu().eval(), torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, size, size), model.tokenize([SENTENCE]))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    model = model.cpu().eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # knows no fused one
+        model(torch.zeros(1, 3, size, size), model.tokenize([SENTENCE]))
     return {"trained_parameters": trained, "flops": counter.get_total_flops()}
 
 

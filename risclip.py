@@ -35,6 +35,7 @@ import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, resize_pos_embed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from data import MAX_CONFIG_BYTES, DataError, one_line, preprocess, read_json
@@ -138,6 +140,32 @@ def build_clip(config):
             logging.disable(logging.NOTSET)
 
 
+def attend(q, k, v, keep=None, causal=False):
+    """softmax(q k^T / sqrt(d)) v. q (B, heads, Nq, d); k, v (B, heads, Nk, d); keep (B, 1, 1, Nk) bool: the keys that
+    may be attended to; causal: none that comes after the query.
+
+    torch's fused kernel, except in bf16 on a CPU, where it is slow: without gradients its products by themselves, head
+    by head for the cache's sake (B at 640 pixels: 77 ms a layer for 120), with gradients and few keys in fp32.
+    """
+    fused = partial(F.scaled_dot_product_attention, attn_mask=keep, is_causal=causal)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return fused(q, k, v)
+    if q.requires_grad or k.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            return fused(q, k, v) if k.size(2) > 512 else fused(q.float(), k.float(), v.float()).to(q.dtype)
+    if keep is not None or causal:
+        return fused(q, k, v)
+    heads = zip((q / q.size(-1) ** 0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    return torch.stack([(q @ k.T).softmax(dim=-1) @ v for q, k, v in heads]).unflatten(0, q.shape[:2])
+
+
+def self_attention(block, y, causal=False):
+    """The MHSA of a CLIP layer on y (B, N, D), whose q, k and v open_clip packs in one matrix."""
+    qkv = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
+    q, k, v = (x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for x in qkv)  # (B, heads, N, D / heads)
+    return block.attn.out_proj(attend(q, k, v, causal=causal).transpose(1, 2).flatten(2))
+
+
 def image_layer(block, x, adapters, value_path=False):
     """A layer of the image tower with its two Adapters (either may be None). x (B, 1 + N, D).
 
@@ -150,15 +178,15 @@ def image_layer(block, x, adapters, value_path=False):
         v = F.linear(y, block.attn.in_proj_weight[2 * D:], block.attn.in_proj_bias[2 * D:])
         x = x + block.ls_1(block.attn.out_proj(v))
     else:
-        x = x + block.ls_1(block.attention(y))
+        x = x + block.ls_1(self_attention(block, y))
     x = adapters[0](x)
     x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return adapters[1](x)
 
 
-def text_layer(block, x, adapters, causal_mask):
-    """A layer of the text tower with its two Adapters. x (B, T, D), causal_mask (T, T)."""
-    x = x + block.ls_1(block.attention(block.ln_1(x), attn_mask=causal_mask))
+def text_layer(block, x, adapters):
+    """A layer of the text tower with its two Adapters. x (B, T, D)."""
+    x = x + block.ls_1(self_attention(block, block.ln_1(x), causal=True))
     x = adapters[0](x)
     x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return adapters[1](x)
@@ -211,8 +239,7 @@ class Attention(nn.Module):
     def forward(self, x, context, keep=None):
         q, k, v = (w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d / heads)
                    for w, y in ((self.q, x), (self.k, context), (self.v, context)))
-        mask = None if keep is None else keep[:, None, None, :]
-        y = F.scaled_dot_product_attention(q * self.temperature.to(q.dtype), k, v, attn_mask=mask)
+        y = attend(q * self.temperature.to(q.dtype), k, v, None if keep is None else keep[:, None, None, :])
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -242,6 +269,12 @@ class CFE(nn.Module):
 
 # ---- Sec. 3.3: Shared-space Knowledge Exploitation ------------------------------------------------------------------
 
+def cast(x):
+    """x in autocast's dtype, once for all products that take it: backward would keep a copy for each."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class SKEStream(nn.Module):
     """One modality's half of an SKE module: MHCA, MHSA, MLP, each behind an LN, residual and scaled.
 
@@ -264,7 +297,7 @@ class SKEStream(nn.Module):
 
     def within(self, x, keep=None):
         """MHSA and MLP: the modality by itself."""
-        y = self.ln_self(x)
+        y = cast(self.ln_self(x))
         x = x + self.scales[1] * self.self_attention(y, y, keep)
         return x + self.scales[2] * self.mlp(self.ln_mlp(x))
 
@@ -280,7 +313,7 @@ class SKE(nn.Module):
         self.text, self.image = SKEStream(width, heads, scale), SKEStream(width, heads, scale)
 
     def forward(self, t, v, words):
-        t_n, v_n = self.text.ln_cross(t), self.image.ln_cross(v)
+        t_n, v_n = cast(self.text.ln_cross(t)), cast(self.image.ln_cross(v))
         return self.text(t, t_n, v_n, keep=words), self.image(v, v_n, t_n, keep_other=words)
 
 
@@ -353,6 +386,7 @@ class RISCLIP(nn.Module):
         # about the learning rate a step, which on these two is enough to calibrate the map.
         self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
         self.map_threshold = nn.Parameter(torch.tensor(config.map_threshold))
+        self.recompute = False  # in backward, what CFE and SKE would keep for it: train.py --recompute
         self.decoder = None
         if config.decoder:
             self.add_decoder()
@@ -387,66 +421,75 @@ class RISCLIP(nn.Module):
             warnings.warn(f"{cut} sentence(s) longer than {tokens.size(1)} tokens were cut", stacklevel=2)
         return tokens[:, : int((tokens > 0).sum(1).max())]
 
-    def forward(self, images, tokens, image_index=None):
+    def forward(self, images, tokens, image_index=None, lower=None):
         """images (I, 3, S, S) normalised, tokens (B, T), image_index (B,): the image each sentence is about (default:
         one each) -> {"patch_logits": (B, h, w)} and, once there is a decoder, "mask_logits" (B, 2, S, S): the score
-        maps of background and foreground. Figure 2.
+        maps of background and foreground. lower: lower_layers of the images, if they have been run. Figure 2.
         """
-        bf16 = self.config.precision == "bf16" and computes_bf16(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            patch_logits, features = self.locate(images, tokens, image_index)
+        with self.autocast(images.device):
+            patch_logits, features = self.locate(tokens, image_index, lower or self.lower_layers(images))
         output = {"patch_logits": patch_logits}
         if self.decoder is not None:
             features = [f.float() for f in features]
             output["mask_logits"] = self.decoder(features, patch_logits.sigmoid(), self.config.image_size)
         return output
 
-    def locate(self, images, tokens, image_index=None):
+    def autocast(self, device):
+        """A context in the locator's precision. Frozen matrices are kept in it: autocast would cast them every time."""
+        bf16 = self.config.precision == "bf16" and computes_bf16(device)
+        if not self.config.fine_tuned and self.config.backbone != "tiny":  # whose CLIP is saved with a checkpoint
+            for p in (*self.visual.transformer.parameters(), *self.clip.transformer.parameters()):
+                if p.ndim == 2:
+                    p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+        return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+    def image_layers(self, v, first, last):
+        """Image layers first ... last - 1: v (B, 1 + N, D_v) -> v, and those of v_1 ... v_4 (B, N, D_v) that they give.
+        """
+        blocks, features = self.visual.transformer.resblocks, []
+        for i in range(first, last):
+            value_path = self.config.value_path and i == len(blocks) - 1
+            v = image_layer(blocks[i], v, self.image_adapters[i], value_path)
+            if i < 4:
+                features.append(v[:, 1:])
+        return v, features
+
+    def lower_layers(self, images):
+        """The image layers below the first CFE, which know no sentence and run once for all of an image's.
+
+        images (I, 3, S, S) -> v (I, 1 + N, D_v), and those of v_1 ... v_4 (I, N, D_v) that are among them."""
+        v = self.visual._embeds(images)  # [CLS] and the patches
+        return self.image_layers(v, 0, len(self.image_adapters) - len(self.cfe))
+
+    def locate(self, tokens, image_index, lower):
         """The patch-level grounding map: logits (B, h, w) fp32, and v_1 ... v_4 (B, D, h, w) for the decoder."""
-        image_blocks, text_blocks = self.visual.transformer.resblocks, self.clip.transformer.resblocks
         B, T = tokens.size()
         if image_index is None:
             image_index = torch.arange(B, device=tokens.device)
         eos = tokens.argmax(dim=1)  # [EOS] is the largest id
         words = torch.arange(T, device=tokens.device) <= eos[:, None]  # (B, T): keys that may be attended to
-        causal_mask = self.clip.attn_mask[:T, :T]
+        text_blocks, pairs = self.clip.transformer.resblocks, len(self.cfe)
+        first = len(self.image_adapters) - pairs
+        recomputed = partial(checkpoint, use_reentrant=False) if self.recompute else lambda f, *inputs: f(*inputs)
 
-        v = self.visual._embeds(images)  # (I, 1 + N, D_v): [CLS] and the patches
-        t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]  # (B, T, D_t)
-        features, pairs = [], len(self.cfe)
-
-        def image_step(i, v):
-            last = i == len(image_blocks) - 1
-            v = image_layer(image_blocks[i], v, self.image_adapters[i], value_path=last and self.config.value_path)
-            if i < 4:
-                features.append(v[:, 1:])
-            return v
-
-        def text_step(k, t):
-            return text_layer(text_blocks[k], t, self.text_adapters[k], causal_mask)
-
-        # Layers below the first CFE do not know the other modality: the image's run once for all its sentences.
-        for i in range(len(image_blocks) - pairs):
-            v = image_step(i, v)
-        for k in range(len(text_blocks) - pairs):
-            t = text_step(k, t)
         # index_select: the gradient of v[image_index] is summed in whatever order threads come
-        v = v.index_select(0, image_index)  # (B, 1 + N, D_v) from here on
-        features[:] = [f.index_select(0, image_index) for f in features]
-
-        for m, cfe in enumerate(self.cfe):
-            t, v = cfe(t, v, words)
-            t = text_step(len(text_blocks) - pairs + m, t)
-            v = image_step(len(image_blocks) - pairs + m, v)
+        v, *features = (x.index_select(0, image_index) for x in (lower[0], *lower[1]))  # (B, 1 + N, D_v) from here on
+        t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]  # (B, T, D_t)
+        for m, (block, adapters) in enumerate(zip(text_blocks, self.text_adapters), pairs - len(text_blocks)):
+            if m >= 0:  # the m-th pair of layers
+                t, v = recomputed(self.cfe[m], t, v, words)
+                v, its_features = self.image_layers(v, first + m, first + m + 1)
+                features += its_features
+            t = text_layer(block, t, adapters)
 
         t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
         v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
         for ske in self.ske:
-            t, v = ske(t, v, words)
+            t, v = recomputed(ske, t, v, words)
 
         sentence = F.normalize(t[torch.arange(B, device=t.device), eos].float(), dim=-1)
         patches = F.normalize(v.float(), dim=-1)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(tokens.device.type, enabled=False):
             cosine = torch.einsum("bnd,bd->bn", patches, sentence)
         side = self.config.image_size // self.patch_size
         patch_logits = self.map_scale.exp() * (cosine.view(B, side, side) - self.map_threshold)
@@ -466,12 +509,18 @@ class RISCLIP(nn.Module):
         self.train(was_training)
         return torch.cat(masks).cpu().numpy()
 
-    def outputs(self, pixels, texts, at_once=8):
-        """Yields forward's output for the first 8 sentences of one image (1, 3, S, S), for the next 8, and so on: at
-        640 pixels each takes half a gigabyte in the decoder."""
+    def outputs(self, pixels, texts, at_once=None):
+        """Yields forward's output for the first sentences of one image (1, 3, S, S), for the next ones, and so on.
+
+        at_once: by default 8, since at 640 pixels each takes half a gigabyte in the decoder; on a CPU as many as have
+        2,000 patches, since what is larger leaves its cache."""
+        patches = (self.config.image_size // self.patch_size) ** 2
+        at_once = at_once or (8 if pixels.is_cuda else max(1, min(8, 2000 // patches)))
+        with self.autocast(pixels.device):
+            lower = self.lower_layers(pixels)
         for first in range(0, len(texts), at_once):
             tokens = self.tokenize(texts[first:first + at_once]).to(pixels.device)
-            yield self(pixels, tokens, torch.zeros(len(tokens), dtype=torch.long, device=pixels.device))
+            yield self(pixels, tokens, torch.zeros(len(tokens), dtype=torch.long, device=pixels.device), lower)
 
     def save_pretrained(self, directory):
         """config.json and model.safetensors: what was trained, and tiny's CLIP (B's and L's is downloaded again)."""

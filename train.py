@@ -114,7 +114,7 @@ def contrastive_loss(clip, batch):
         v = image_layer(block, v, no_adapters, value_path=i == len(visual.transformer.resblocks) - 1)
     t = clip.token_embedding(tokens) + clip.positional_embedding[:T]
     for block in clip.transformer.resblocks:
-        t = text_layer(block, t, no_adapters, clip.attn_mask[:T, :T])
+        t = text_layer(block, t, no_adapters)
 
     patches = F.normalize(visual.ln_post(v[:, 1:]) @ visual.proj, dim=-1)  # (I, h * w, d)
     eos = clip.ln_final(t[torch.arange(len(t)), tokens.argmax(1)])

@@ -106,7 +106,7 @@ def our_features(clip, images, tokens):
         v = image_layer(block, v, none)
     t = clip.token_embedding(tokens) + clip.positional_embedding[:T]
     for block in clip.transformer.resblocks:
-        t = text_layer(block, t, none, clip.attn_mask[:T, :T])
+        t = text_layer(block, t, none)
     image = clip.visual.ln_post(v[:, 0]) @ clip.visual.proj
     return image, (clip.ln_final(t) @ clip.text_projection)[torch.arange(len(t)), tokens.argmax(1)]
 
