@@ -386,7 +386,7 @@ class RISCLIP(nn.Module):
         # about the learning rate a step, which on these two is enough to calibrate the map.
         self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
         self.map_threshold = nn.Parameter(torch.tensor(config.map_threshold))
-        self.recompute = False  # in backward, what CFE and SKE would keep for it: train.py --recompute
+        self.recompute = False  # in backward, rather than keep for it, the insides of CFE and SKE
         self.decoder = None
         if config.decoder:
             self.add_decoder()

@@ -421,6 +421,7 @@ def build_model(args, stage):
             if getattr(model.config, name) != value:
                 raise DataError(f"--{name.replace('_', '-')}: {source} was trained with {getattr(model.config, name)}, "
                                 f"not {value}")
+    model.recompute = args.recompute
     if stage == 1:
         model.requires_grad_(True).clip.requires_grad_(model.config.fine_tuned)
     elif model.decoder is None:
@@ -539,6 +540,8 @@ def parse_args(argv=None):
     parser.add_argument("--per-image", type=int, help="up to so many sentences of an image share its lower layers, "
                         "decode and augmentation")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
+    parser.add_argument("--recompute", action="store_true", help="save memory in stage 1: what CFE and SKE would keep "
+                        "for backward is computed again there, to the same result")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
     parser.add_argument("--modules", help="those of stage 1 (default: adapter,cfe,ske); 'none' leaves frozen CLIP")

@@ -241,6 +241,58 @@ def test_bf16_locator_stays_close_to_fp32_and_the_decoder_is_fp32(tiny, monkeypa
     assert 0 < error < 0.1 * exact["patch_logits"].abs().max()  # it differs: bf16 really ran
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("keys, masked, causal", [(9, False, False), (9, True, False), (7, False, True),
+                                                  (600, True, False)])
+def test_every_path_of_attention_is_softmax_of_scaled_products(dtype, learns, keys, masked, causal):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8).to(dtype).requires_grad_(learns) for n in (7, keys, keys))
+    keep = torch.arange(keys) < torch.tensor([[keys - 2], [keys - 4]]) if masked else None
+    y = risclip.attend(q, k, v, None if keep is None else keep[:, None, None], causal)
+    scores = q.double() @ k.double().transpose(2, 3) / 8 ** 0.5
+    if masked:
+        scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
+    if causal:
+        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), scores.softmax(-1) @ v.double(), rtol=0,
+                               atol=1e-5 if dtype == torch.float32 else 0.02)  # of values up to 3
+
+
+def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(monkeypatch):
+    monkeypatch.setattr(risclip, "computes_bf16", lambda device: True)
+    model = on_meta("B")
+    towers = (*model.visual.transformer.parameters(), *model.clip.transformer.parameters())
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        model.config = replace(model.config, precision=precision)
+        model.autocast("cpu")
+        assert {p.dtype for p in towers if p.ndim == 2} == {dtype}
+        assert {p.dtype for p in towers if p.ndim < 2} == {torch.float32}
+    assert {p.dtype for p in (*model.image_adapters.parameters(), *model.cfe.parameters())} == {torch.float32}
+
+
+def test_lower_layers_run_once_for_all_sentences_of_an_image(tiny):
+    image, calls = Image.new("RGB", (96, 96), "gray"), []
+    hook = tiny.visual.conv1.register_forward_hook(lambda *_: calls.append(1))
+    masks = tiny.segment_all(image, [f"circle {i}" for i in range(9)])
+    hook.remove()
+    assert len(masks) == 9 and len(calls) == 1
+
+
+def test_recomputing_keeps_less_and_changes_no_bit_of_a_gradient(tiny):
+    from bench import kept_bytes
+    tiny.requires_grad_(True).clip.requires_grad_(False)
+    images, tokens, found = torch.randn(2, 3, 96, 96), tiny.tokenize(SENTENCES[:2]), []
+    for tiny.recompute in (False, True):
+        kept = kept_bytes(tiny, lambda: tiny(images, tokens)["patch_logits"].sum())
+        tiny.zero_grad()
+        tiny(images, tokens)["patch_logits"].sum().backward()
+        found.append((kept, [p.grad for p in tiny.parameters() if p.grad is not None]))
+    (kept, gradients), (less, same) = found
+    assert less < 0.7 * kept and len(gradients) == len(same) and all(map(torch.equal, gradients, same))
+
+
 def test_segment_gives_a_mask_of_the_images_own_size(tiny):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (57, 83, 3), np.uint8))
     mask = tiny.segment(image, "the red circle")
