@@ -67,7 +67,7 @@ ADAPTERS = {"Adapter, B image": (51232, 896, 448), "Adapter, B text": (2464, 640
             "Adapter, L image": (51232, 1024, 512), "Adapter, L text": (2464, 768, 384)}  # N, D, H
 LOSSES = {"dice + focal, stage 1": (32, 1600), "dice + focal, stage 2": (32, 2, 640, 640)}
 SIZES = {"tiny": (48, 80, 120, 160, 192), "B": (240, 336, 448, 544, 640), "L": (252, 350, 448, 532, 630)}  # of `cost`
-COUNTS = (1, 2, 4, 8, 16)  # sentences and images of `cost`
+SENTENCES, IMAGES = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # of `cost`
 
 
 def adapter_inputs(N, D, H, device):
@@ -357,7 +357,9 @@ class Flops(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() >= 0  # what checkpointing computes again is part of it
         if count:
             self.parts["backward" if backward else self.part] += count
-        self.attention += count * ("bmm" in name or "attention" in name)
+        weight = any(t.dim() == 3 and t.stride(0) == 0 for t in args if torch.is_tensor(t))  # repeated for the batch
+        if "attention" in name or "bmm" in name and not weight:
+            self.attention += count
         return out
 
 
@@ -526,7 +528,7 @@ def measure_points(args, precision):
     points = []
     for size in SIZES[args.backbone]:
         model = build(args, precision, size)
-        more = [] if points else [*((1, n) for n in COUNTS[1:]), *((n, 1) for n in COUNTS[1:])]
+        more = [] if points else [*((1, n) for n in SENTENCES[1:]), *((n, 1) for n in IMAGES[1:])]
         for images, sentences in [(1, 1), *more]:
             batch = made_up(model.eval(), images, sentences)
             with Flops(model) as flops:

@@ -295,7 +295,8 @@ def test_stage_2_stops_at_a_gradient_graph_below_the_decoder(tiny):
 
 def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "tiny", (16, 32))
-    monkeypatch.setattr(bench, "COUNTS", (1, 3))
+    monkeypatch.setattr(bench, "SENTENCES", (1, 3))
+    monkeypatch.setattr(bench, "IMAGES", (1, 3))
     out, file = tmp_path / "cost.png", tmp_path / "cost.json"
     bench.main(bench.parse_args(["cost", "--runs", "1", "--precision", "fp32", "--device", "cpu", "--out", str(out),
                                  "--json", str(file)]))
@@ -304,7 +305,8 @@ def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
     one, sentences, images, large = result["points"]
     assert [(p["image_size"], p["sentences"], p["images"]) for p in result["points"]] == [
         (16, 1, 1), (16, 3, 1), (16, 1, 3), (32, 1, 1)]
-    assert images["flops"] == 3 * one["flops"] > sentences["flops"] and large["flops"] > one["flops"]
+    for work in "flops", "attention":
+        assert images[work] == 3 * one[work] > sentences[work] and large[work] > one[work]
     assert images["kept"] == pytest.approx(3 * one["kept"], rel=0.01) and sentences["kept"] < images["kept"]
     printed = capsys.readouterr().out
     shared = 1 - (sentences["flops"] - one["flops"]) / 2 / one["flops"]
