@@ -1,5 +1,9 @@
-"""What the fused kernels cost and save: `python bench.py kernels`; what the model costs: `python bench.py model`; what
-reading a training batch costs: `python bench.py loader`.
+"""What the fused kernels cost and save, what the model costs, what reading a training batch costs.
+
+    python bench.py kernels
+    python bench.py model --backbone B [--precision bf16] [--only stage1] [--json model.json]
+    python bench.py cost --backbone B --out cost.png
+    python bench.py loader
 
 Every kernel is compiled ahead of time for three generations of GPU: registers, spilled bytes, shared memory, the
 tensor-core instruction. The bytes that each path moves are counted, and a roofline turns them into the least time that
@@ -14,8 +18,16 @@ which have shapes and no data.
 How the model's FLOPs are counted: as they are dispatched, 2 M K N for a product of (M, K) and (K, N), 4 n m d for
 attention of n queries on m keys of width d (backward 10 n m d, with the scores computed again), for a convolution
 2 x outputs x weights of a filter. All else (norms, softmax, resizing) counts nothing. So a layer of width D takes
-24 n D^2 + 4 n^2 D for its n tokens, an Adapter of bottleneck H 4 n D H. The share is these FLOPs a second over those of
-a product of two square matrices in the same dtype, measured between the model's runs.
+24 n D^2 + 4 n^2 D for its n tokens, an Adapter of bottleneck H 4 n D H. Adapters count as their plain torch, whatever
+runs. The share is these FLOPs a second over those of a product of two square matrices in the same dtype, measured
+between the model's runs. A step is a forward and a backward pass, without the optimizer.
+
+How the bytes kept for backward are counted: the memory of every tensor that autograd saves, each once, weights not
+counted. 'MB kept' is what two images with a sentence each keep less what one keeps, so that copies of weights in bf16,
+which a step makes once, are no sample's.
+
+`cost` takes the time of inference and the bytes that stage 1 keeps at several image sizes, sentences of an image and
+batches, and draws them over what FLOPs predict: one rate, one number of bytes a FLOP, the medians of all points.
 """
 
 import argparse
@@ -34,6 +46,7 @@ from functools import partial
 from unittest import mock
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -42,6 +55,7 @@ import data
 import kernels
 import risclip
 from data import DataError
+from evaluate import BLUE, PINK, axes, check_writable, save_picture
 from kernels import backend
 from train import locator_loss, refiner_loss
 
@@ -52,6 +66,8 @@ PEAKS = {"H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}
 ADAPTERS = {"Adapter, B image": (51232, 896, 448), "Adapter, B text": (2464, 640, 320),
             "Adapter, L image": (51232, 1024, 512), "Adapter, L text": (2464, 768, 384)}  # N, D, H
 LOSSES = {"dice + focal, stage 1": (32, 1600), "dice + focal, stage 2": (32, 2, 640, 640)}
+SIZES = {"tiny": (48, 80, 120, 160, 192), "B": (240, 336, 448, 544, 640), "L": (252, 350, 448, 532, 630)}  # of `cost`
+SENTENCES, IMAGES = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # of `cost`
 
 
 def adapter_inputs(N, D, H, device):
@@ -294,11 +310,12 @@ def kernels_command(args):
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class Flops(TorchDispatchMode):
-    """Counts the FLOPs of every torch operator under the part of the model that it is dispatched in."""
+    """Counts the FLOPs of every torch operator under the part of the model that it is dispatched in, and those of
+    attention's own products, scores and sums, once more in `attention`."""
 
     def __init__(self, model):
         super().__init__()
-        self.parts, self.part, self.hooks = Counter(), "image tower", []
+        self.parts, self.attention, self.part, self.hooks = Counter(), 0, "image tower", []
         marked = {risclip.Adapter: "Adapters", risclip.CFE: "CFE", risclip.SKE: "SKE", risclip.Decoder: "decoder"}
         for module in model.modules():
             if part := marked.get(type(module)):
@@ -315,10 +332,13 @@ class Flops(TorchDispatchMode):
     def __enter__(self):
         self.fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it dispatches one operator for all of open_clip's attention
+        self.plain = mock.patch.object(backend, "BACKEND", "torch")  # a fused kernel dispatches none for its products
+        self.plain.start()
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.backends.mha.set_fastpath_enabled(self.fast)
+        self.plain.stop()
         for hook in self.hooks:
             hook.remove()
         return super().__exit__(*error)
@@ -326,13 +346,20 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-        out = op(*args, **(kwargs or {}))
-        if op.overloadpacket == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.parts[self.part] += sdpa_flop_count(*(t.shape for t in args[:3]))
-        elif op.overloadpacket == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.parts[self.part] += sdpa_backward_flop_count(*(t.shape for t in args[:4]))
-        elif count := flop_registry.get(op.overloadpacket):
-            self.parts[self.part] += count(*args, **(kwargs or {}), out_val=out)
+        out, name = op(*args, **(kwargs or {})), op.overloadpacket.__name__
+        if name == "_scaled_dot_product_flash_attention_for_cpu":
+            count = sdpa_flop_count(*(t.shape for t in args[:3]))
+        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+            count = sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+        else:
+            formula = flop_registry.get(op.overloadpacket)
+            count = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        backward = torch._C._current_graph_task_id() >= 0  # what checkpointing computes again is part of it
+        if count:
+            self.parts["backward" if backward else self.part] += count
+        weight = any(t.dim() == 3 and t.stride(0) == 0 for t in args if torch.is_tensor(t))  # repeated for the batch
+        if "attention" in name or "bmm" in name and not weight:
+            self.attention += count
         return out
 
 
@@ -351,6 +378,11 @@ def kept_bytes(model, forward):
     return sum(size for address, size in kept.items() if address not in own)
 
 
+def kept_by_a_sample(model, forward, one, two):
+    """Bytes that a forward pass of a batch of two keeps more than that of a batch of one."""
+    return kept_bytes(model, partial(forward, two)) - kept_bytes(model, partial(forward, one))
+
+
 def seconds(function):
     """Wall time of one call."""
     start = time.perf_counter()
@@ -360,53 +392,222 @@ def seconds(function):
     return time.perf_counter() - start
 
 
+def medians(functions, runs):
+    """Median seconds of each function, called in turn, so that whatever else the machine does slows all of them."""
+    return [statistics.median(times) for times in zip(*[[seconds(f) for f in functions] for _ in range(runs)])]
+
+
+def check_flags(args):
+    """-> the precisions to measure. Raises DataError for a size, number or device that cannot be."""
+    for flag in ("runs", "sentences"):
+        if getattr(args, flag, 1) < 1:
+            raise DataError(f"--{flag} {getattr(args, flag)}: give 1 or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {args.device}: {data.one_line(error)[:120]}") from error
+    if risclip.computes_bf16(args.device):
+        return [args.precision] if args.precision else ["fp32", "bf16"]
+    if args.precision == "bf16":
+        raise DataError(f"--precision bf16: {args.device} has no instructions for it")
+    return ["fp32"]
+
+
+def build(args, precision, image_size):
+    """The model as stage 1 starts, but with random weights. image_size None: the backbone's."""
+    config = replace(risclip.CONFIGS[args.backbone], clip="random", precision=precision)
+    config = config if image_size is None else replace(config, image_size=image_size)
+    return risclip.RISCLIP(config).to(args.device)
+
+
+def made_up(model, images, sentences=1):
+    """A batch of noise: so many images, so many sentences about each."""
+    S, device = model.config.image_size, model.map_threshold.device
+    index = torch.arange(images, device=device).repeat_interleave(sentences)
+    tokens = model.tokenize(["the second giraffe from the left looking up"] * len(index)).to(device)
+    return {"images": torch.randn(images, 3, S, S, device=device), "tokens": tokens, "image_index": index,
+            "masks": torch.rand(len(index), S, S, device=device) > 0.5}
+
+
+def infer(model, batch):
+    with torch.no_grad():
+        return model(batch["images"], batch["tokens"], batch["image_index"])
+
+
+def stage_2_apart(model):
+    """What a step of stage 2 cannot do without, as two functions: the locator's forward pass, without gradients; the
+    decoder's own forward and backward. Raises SystemExit if a step's gradient graph reaches below the decoder."""
+    decoder, inputs, batch = model.train().decoder, [], made_up(model, 1)
+    hook = decoder.register_forward_pre_hook(lambda _, given: inputs.extend(given))
+    output = model(batch["images"], batch["tokens"], batch["image_index"])
+    hook.remove()
+    if any(t.requires_grad for t in tree_leaves([output["patch_logits"], inputs]) if torch.is_tensor(t)):
+        raise SystemExit("stage 2 has a gradient graph below the decoder: what the locator hands on requires gradients")
+
+    def locate():
+        model.decoder = None
+        infer(model, batch)
+        model.decoder = decoder
+
+    def decode():
+        refiner_loss(lambda *_: {"mask_logits": decoder(*inputs)}, batch).backward()
+
+    return locate, decode
+
+
+def measure_work(args, model, sentences, loss_of, apart=()):
+    """A made-up image with so many sentences, inferred (loss_of None) or trained on -> FLOPs by part; bytes that a
+    sample keeps for backward or None; median seconds of a pass, of each function in `apart` and of a product of square
+    matrices; FLOPs of that product."""
+    model.train(loss_of is not None)
+    forward, one, two = partial(loss_of or infer, model), made_up(model, 1, sentences), made_up(model, 2)
+
+    def step():
+        output = forward(one)
+        if loss_of:
+            output.backward()
+
+    with Flops(model) as flops:
+        step()
+    dtype, size = torch.bfloat16 if model.config.precision == "bf16" else torch.float32, 2048
+    product = partial(torch.mm, *torch.randn(2, size, size, device=args.device, dtype=dtype))
+    times = medians([step, *apart, product], args.runs)
+    return flops.parts, kept_by_a_sample(model, forward, one, two) if loss_of else None, times, 2 * size**3
+
+
 def model_command(args):
     """Inference of one sentence and of several of an image, a sample of stage 1 and of stage 2. Returns what --json
     holds."""
-    device, rows, size = args.device, [], 2048
-    config = replace(risclip.CONFIGS[args.backbone], clip="random")
-    config = replace(config, image_size=args.image_size or config.image_size)
-    model, S, n = risclip.RISCLIP(config).to(device), config.image_size, args.sentences
-    tokens = model.tokenize(["the second giraffe from the left looking up"] * n).to(device)
-    batch = {"images": torch.randn(1, 3, S, S, device=device), "tokens": tokens[:1],
-             "masks": torch.rand(1, S, S, device=device) > 0.5, "image_index": torch.zeros_like(tokens[:1, 0])}
-
-    def infer(k):
-        with torch.no_grad():
-            return model(batch["images"], tokens[:k], torch.zeros_like(tokens[:k, 0]))
-
-    # name -> sentences, forward pass, whether a backward pass follows
-    works = {"inference, 1 sentence": (1, lambda: infer(1), False),
-             f"inference, {n} sentences of an image": (n, lambda: infer(n), False),
-             "stage 1, a sample": (1, lambda: locator_loss(model, batch), True),
-             "stage 2, a sample": (1, lambda: refiner_loss(model, batch), True)}
+    one, many = "inference, 1 sentence", f"inference, {args.sentences} sentences of an image"
+    works = {one: ("inference", 1, None), many: ("inference", args.sentences, None),
+             "stage 1, a sample": ("stage1", 1, locator_loss), "stage 2, a sample": ("stage2", 1, refiner_loss)}
     parts = ("image tower", "text tower", "Adapters", "CFE", "SKE", "decoder", "backward")
-    for precision in ("fp32", "bf16") if risclip.computes_bf16(device) else ("fp32",):
-        model.config, model.decoder = replace(config, precision=precision), None
-        model.requires_grad_(True).clip.requires_grad_(False)
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        product = partial(torch.mm, *torch.randn(2, size, size, device=device, dtype=dtype))
-        for name, (sentences, forward, trains) in works.items():
-            if name.startswith("stage 2"):
+    precisions, rows, ratios, rates = check_flags(args), [], [], {}
+    for precision in precisions:
+        model = build(args, precision, args.image_size)  # anew: a precision may change the weights that it works with
+        for name, (kind, sentences, loss_of) in works.items():
+            if args.only not in (None, kind):
+                continue
+            apart = ()
+            if kind == "stage2":
                 model.add_decoder()
-            model.train(trains)
+                apart = stage_2_apart(model)
+            counted, kept, times, work = measure_work(args, model, sentences, loss_of, apart)
+            took, *own, product = times
+            total, rates[name, precision] = sum(counted.values()), sentences / took
+            share = total / took / 1e9, work / product / 1e9
+            rows.append({"": name, "precision": precision, "s": f"{took:.3g}", "GFLOP": f"{total / 1e9:.1f}",
+                         "GFLOP/s": f"{share[0]:.1f}", "product's": f"{share[1]:.1f}",
+                         "share": f"{share[0] / share[1]:.2f}", "sentences/s": f"{sentences / took:.3g}",
+                         "MB kept": "-" if kept is None else f"{kept / 1e6:.0f}",
+                         **{part: f"{counted[part] / total:.0%}" for part in parts}})
+            ratios.append((f"{precision}, {name}: GFLOP/s, over the product's", *share))
+            if own:
+                ratios.append((f"{precision}, stage 2: seconds of a step, over those of the locator's forward pass and "
+                               "of the decoder's own forward and backward", took, *own))
+        if (many, precision) in rates:
+            ratios.append((f"{precision}: sentences/s, {args.sentences} of an image over 1", rates[many, precision],
+                           rates[one, precision]))
+    steps = [rates["stage 1, a sample", p] for p in ("bf16", "fp32") if ("stage 1, a sample", p) in rates]
+    if len(steps) == 2:
+        ratios.append(("stage 1: samples/s, bf16 over fp32", *steps))
+    print(f"{args.backbone} at {model.config.image_size} pixels on {args.device}, {torch.get_num_threads()} threads, "
+          f"medians of {args.runs} runs, each part's share of the FLOPs:\n\n{table(rows)}\n")
+    for what, above, *below in ratios:
+        print(f"{what}: {above:.3g} / {' + '.join(f'{b:.3g}' for b in below)} = {above / sum(below):.2f}")
+    ratios = {what: above / sum(below) for what, above, *below in ratios}
+    return dict(rows=rows, ratios=ratios, backbone=args.backbone, image_size=model.config.image_size,
+                threads=torch.get_num_threads(), runs=args.runs)
+
+
+# ---- cost against work ----------------------------------------------------------------------------------------------
+
+def measure_points(args, precision):
+    """What inference and stage 1 cost at every image size, then with more sentences and with more images of the
+    smallest."""
+    points = []
+    for size in SIZES[args.backbone]:
+        model = build(args, precision, size)
+        more = [] if points else [*((1, n) for n in SENTENCES[1:]), *((n, 1) for n in IMAGES[1:])]
+        for images, sentences in [(1, 1), *more]:
+            batch = made_up(model.eval(), images, sentences)
             with Flops(model) as flops:
-                out = forward()
-                if trains:
-                    flops.part = "backward"
-                    out.backward()
-            times = [(seconds(product), seconds(lambda f=forward, t=trains: f().backward() if t else f()))
-                     for _ in range(args.runs)]
-            reference, took = (statistics.median(t) for t in zip(*times))
-            total, rate = sum(flops.parts.values()), 2 * size**3 / reference
-            rows.append({"": name, "precision": precision, "GFLOP": f"{total / 1e9:.1f}",
-                         "GFLOP/s": f"{total / took / 1e9:.1f}", "product's": f"{rate / 1e9:.1f}",
-                         "share": f"{total / took / rate:.2f}", "sentences/s": f"{sentences / took:.3g}",
-                         "MB kept": f"{kept_bytes(model, forward) / 1e6:.0f}" if trains else "-",
-                         **{part: f"{flops.parts[part] / total:.0%}" for part in parts}})
-    print(f"{args.backbone} at {S} pixels on {device}, {torch.get_num_threads()} threads, medians of {args.runs} runs, "
-          f"products of {size} x {size}, each part's share of the FLOPs:\n\n{table(rows)}")
-    return dict(rows=rows, backbone=args.backbone, image_size=S, threads=torch.get_num_threads(), runs=args.runs)
+                infer(model, batch)
+            times = medians([partial(infer, model, batch)], args.runs)
+            points.append({"image_size": size, "sentences": sentences, "images": images,
+                           "flops": sum(flops.parts.values()), "attention": flops.attention, "seconds": times[0],
+                           "kept": kept_bytes(model.train(), partial(locator_loss, model, batch))})
+    return points
+
+
+def along(points, axis):
+    """The points that differ from the first in nothing but the axis."""
+    others = {"image_size", "sentences", "images"} - {axis}
+    return [p for p in points if all(p[k] == points[0][k] for k in others)]
+
+
+def explain(points, copies):
+    """A sentence for each column of the plot: what grows with it, and why. copies: bytes kept whatever the batch."""
+    def growth(axis):
+        first, last = along(points, axis)[0], along(points, axis)[-1]
+        return (first, last, last["flops"] / first["flops"], last["seconds"] / first["seconds"],
+                (last["kept"] - copies) / (first["kept"] - copies))
+
+    a, b, flops, took, kept = growth("image_size")
+    patches = (b["image_size"] / a["image_size"])**2
+    yield (f"From {a['image_size']} to {b['image_size']} pixels, {patches:.2f} times the patches: {flops:.2f} times "
+           f"the FLOPs, as attention's are quadratic in the patches ({a['attention'] / a['flops']:.0%} of all, then "
+           f"{b['attention'] / b['flops']:.0%}); {took:.2f} times the seconds; {kept:.2f} times the bytes kept, "
+           + ("no more than the patches, as attention keeps no scores." if kept <= patches else
+              "more than the patches, as attention keeps its scores."))
+    a, b, flops, took, kept = growth("sentences")
+    shared = 1 - (b["flops"] - a["flops"]) / (b["sentences"] - 1) / a["flops"]
+    yield (f"{b['sentences']} sentences of an image: {flops:.2f} times the FLOPs of one, as all share its layers below "
+           f"the first CFE, {shared:.0%} of what one takes; {took:.2f} times the seconds; {kept:.2f} times the bytes.")
+    a, b, flops, took, kept = growth("images")
+    yield (f"{b['images']} images with a sentence each: {flops:.2f} times the FLOPs of one, as they share nothing; "
+           f"{took:.2f} times the seconds; {kept:.2f} times the bytes.")
+
+
+def draw_cost(out, points, rate, kept_per_flop, copies, title, width=560, height=300):
+    """Seconds of inference (above) and bytes kept by stage 1 (below) along each axis: dots are measured, the line is
+    what FLOPs predict."""
+    sheet = Image.new("RGB", (3 * width, 30 + 2 * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((60, 8), title, fill="black", font=ImageFont.load_default(15))
+    axis_names = {"image_size": "image size in pixels", "sentences": "sentences of an image",
+                  "images": "images of a batch"}
+    for column, (axis, name) in enumerate(axis_names.items()):
+        chosen = along(points, axis)
+        for row, (what, measured, predicted) in enumerate((
+                ("inference, seconds", [p["seconds"] for p in chosen], [p["flops"] / rate for p in chosen]),
+                ("stage 1 keeps for backward, GB", [p["kept"] / 1e9 for p in chosen],
+                 [(p["flops"] * kept_per_flop + copies) / 1e9 for p in chosen]))):
+            place = axes(draw, (column * width, 30 + row * height, width, height), f"{what}, against {name}",
+                         last=chosen[-1][axis], top=1.05 * max(measured + predicted), number=".3g")
+            draw.line([place(p[axis], y) for p, y in zip(chosen, predicted)], fill=BLUE, width=2)
+            for p, y in zip(chosen, measured):
+                x, y = place(p[axis], y)
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=PINK)
+    save_picture(sheet, out)
+
+
+def cost_command(args):
+    """Time and memory against image size, sentences of an image and images of a batch. Returns what --json holds."""
+    precision = check_flags(args)[-1]
+    check_writable(args.out, picture=True)
+    points = measure_points(args, precision)
+    one, two = along(points, "images")[:2]
+    copies = 2 * one["kept"] - two["kept"]
+    rate = statistics.median(p["flops"] / p["seconds"] for p in points)
+    kept_per_flop = statistics.median((p["kept"] - copies) / p["flops"] for p in points)
+    title = (f"{args.backbone} in {precision} on {args.device}, {torch.get_num_threads()} threads. Dots: measured, "
+             f"medians of {args.runs} runs. Line: FLOPs, at {rate / 1e9:.3g} GFLOP/s and {1e3 * kept_per_flop:.3g} MB "
+             f"kept per GFLOP, {copies / 1e6:.0f} MB once a step")
+    draw_cost(args.out, points, rate, kept_per_flop, copies, title)
+    print("\n".join([title, *explain(points, copies), f"wrote {args.out}"]))
+    return dict(points=points, rate=rate, kept_per_flop=kept_per_flop, kept_once=copies, precision=precision,
+                backbone=args.backbone, threads=torch.get_num_threads(), runs=args.runs)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -436,12 +637,20 @@ def parse_args(argv=None):
     command = commands.add_parser("kernels", help="resources, bytes and rooflines of the fused kernels")
     command.set_defaults(run=kernels_command)
     command = commands.add_parser("model", help="FLOPs by part, share of the product rate, bytes kept for backward")
-    command.add_argument("--backbone", choices=tuple(risclip.CONFIGS), default="tiny")
     command.add_argument("--image-size", type=int, help="pixels (default: the backbone's)")
     command.add_argument("--sentences", type=int, default=7, help="of one image (default: 7)")
-    command.add_argument("--runs", type=int, default=3)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--only", choices=("inference", "stage1", "stage2"), help="measure this alone")
     command.set_defaults(run=model_command)
+    command = commands.add_parser("cost", help="a plot of time and memory against image size, sentences and batch")
+    command.add_argument("--out", default="cost.png", help="the plot (default: cost.png)")
+    command.set_defaults(run=cost_command)
+    for name in ("model", "cost"):
+        command = commands.choices[name]
+        command.add_argument("--backbone", choices=tuple(risclip.CONFIGS), default="tiny")
+        command.add_argument("--precision", choices=("fp32", "bf16"),
+                             help="default: bf16 where there are instructions for it; `model` measures fp32 as well")
+        command.add_argument("--runs", type=int, default=3, help="default: 3")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command = commands.add_parser("loader", help="samples a second, decoding an image once for several sentences")
     command.add_argument("--dataset", default="shapes")
     command.add_argument("--data-root", default="data")

@@ -270,6 +270,21 @@ def contact_sheet(panels, columns=3, gap=12):
     return sheet
 
 
+def axes(draw, box, title, last, top, number):
+    """Grid, numbers and title of a plot from (0, 0) to (last, top). box: left, top, width, height in the picture;
+    number: y's format. -> a function that says where in the picture (x, y) lies."""
+    font = ImageFont.load_default(13)
+    left, floor = box[0] + 60, box[1] + box[3] - 40
+    right, rise = left + box[2] - 80, box[3] - 70
+    for i in range(5):
+        y, x = floor - rise * i / 4, left + (right - left) * i / 4
+        draw.line([(left, y), (right, y)], fill=(220, 220, 220))
+        draw.text((left - 45, y - 8), format(top * i / 4, number), fill="black", font=font)
+        draw.text((x - 12, floor + 6), f"{last * i / 4:.0f}", fill="black", font=font)
+    draw.text((left, box[1] + 8), title, fill="black", font=font)
+    return lambda x, y: (left + (right - left) * x / last, floor - rise * y / top)
+
+
 def check_writable(path, picture=False):
     """Raises DataError unless a file can be made at `path` (its folder is), for a picture in a format with that ending.
     """

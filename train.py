@@ -28,7 +28,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -38,7 +38,17 @@ import data
 import kernels
 import parallel
 from data import DataError
-from evaluate import BLUE, MASK, best_map_readout, evaluate, samples, save_picture, table, warn_of_images_trained_on
+from evaluate import (
+    BLUE,
+    MASK,
+    axes,
+    best_map_readout,
+    evaluate,
+    samples,
+    save_picture,
+    table,
+    warn_of_images_trained_on,
+)
 from risclip import (
     CONFIGS,
     RISCLIP,
@@ -505,21 +515,13 @@ def draw_curve(out, width=720, height=300):
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
     stages = sorted({line["stage"] for line in lines})
     sheet = Image.new("RGB", (width * len(stages), height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
     for column, stage in enumerate(stages):
         points = [(line["step"], line["loss"]) for line in lines
                   if line["stage"] == stage and "skipped_step" not in line]
-        top, last = 1.05 * max(y for _, y in points), max(x for x, _ in points)
-        left, floor = column * width + 60, height - 40
-        right, rise = left + width - 80, floor - 30  # the plot's box
-        for i in range(5):
-            y, x = floor - rise * i / 4, left + (right - left) * i / 4
-            draw.line([(left, y), (right, y)], fill=(220, 220, 220))
-            draw.text((left - 45, y - 8), f"{top * i / 4:.2f}", fill="black", font=font)
-            draw.text((x - 12, floor + 6), f"{last * i / 4:.0f}", fill="black", font=font)
-        curve = [(left + (right - left) * x / last, floor - rise * y / top) for x, y in points]
-        draw.line(curve, fill=BLUE, width=2)
-        draw.text((left, 8), f"stage {stage}: loss against step", fill="black", font=font)
+        place = axes(draw, (column * width, 0, width, height), f"stage {stage}: loss against step",
+                     last=max(x for x, _ in points), top=1.05 * max(y for _, y in points), number=".2f")
+        draw.line([place(x, y) for x, y in points], fill=BLUE, width=2)
     save_picture(sheet, out / "curve.png")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import data
@@ -217,6 +218,30 @@ def test_flops_of_the_parts_are_those_of_the_docstring(tiny):
     assert flops.parts["Adapters"] == 12 * 4 * n * D * 64 + 6 * 4 * T * D * 64 + projections
     assert flops.parts["text tower"] == 3 * (24 * T * D**2 + 4 * T**2 * D)
     assert flops.parts["decoder"] == 0
+    towers, cfe = 5 * 4 * n**2 * D + 3 * 4 * T**2 * D, 3 * 2 * 4 * n * T * D
+    ske = 2 * (2 * 4 * 144 * T + 4 * 144**2 + 4 * T**2) * D
+    assert flops.attention == towers + cfe + ske + 2 * 144 * D  # and the map's cosines
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flops_are_counted_on_every_path(tiny, precision, monkeypatch):
+    """With a graph, with fused kernels, with attention that writes its scores, and with layers computed again."""
+    monkeypatch.setattr("risclip.computes_bf16", lambda device: True)
+    tiny = bench.build(bench.parse_args(["model", "--device", "cpu"]), precision, 32)
+    batch = bench.made_up(tiny, 1)
+
+    def count(run):
+        with bench.Flops(tiny) as flops:
+            run()
+        return flops.parts, flops.attention
+
+    expected = count(lambda: bench.infer(tiny, batch))
+    assert expected[1] > 0
+    assert count(lambda: tiny(batch["images"], batch["tokens"])) == expected
+    with force("triton"):
+        assert count(lambda: bench.infer(tiny, batch)) == expected
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert count(lambda: bench.infer(tiny, batch)) == expected
 
 
 def test_memory_kept_for_backward_counts_each_tensor_once_and_no_weight():
@@ -224,6 +249,80 @@ def test_memory_kept_for_backward_counts_each_tensor_once_and_no_weight():
     x = torch.randn(3, 5)
     # x for the weight's gradient, in both products; relu's output; square's input, which is that output
     assert bench.kept_bytes(linear, lambda: (linear(x) + linear(x)).relu().square().sum()) == 4 * (3 * 5 + 3 * 7)
+
+
+def test_memory_kept_by_a_sample_is_none_of_the_copies_of_weights():
+    linear = torch.nn.Linear(5, 7)
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(x.requires_grad_()).relu().sum()
+
+    one, two = torch.randn(3, 5), torch.randn(6, 5)
+    assert bench.kept_bytes(linear, lambda: forward(one)) == 2 * (3 * 5 + 3 * 7 + 7 * 5)
+    assert bench.kept_by_a_sample(linear, forward, one, two) == 2 * (3 * 5 + 3 * 7)
+
+
+def test_layers_that_are_computed_again_keep_their_input_and_count_in_the_backward_pass():
+    """torch's checkpoint: what is inside keeps nothing."""
+    tiny = bench.build(bench.parse_args(["model", "--device", "cpu"]), "fp32", 32)
+    x = torch.randn(2, 17, 128, requires_grad=True)
+
+    def forward():
+        return torch.utils.checkpoint.checkpoint(tiny.image_adapters[0][0], x, use_reentrant=False).sum()
+
+    assert bench.kept_bytes(tiny, forward) == x.nbytes
+    with bench.Flops(tiny) as flops:
+        forward().backward()
+    product = 2 * 2 * 17 * 128 * 64
+    assert flops.parts == {"Adapters": 2 * product, "backward": 2 * product + 4 * product}
+
+
+def test_stage_2_stops_at_a_gradient_graph_below_the_decoder(tiny):
+    tiny.add_decoder()
+    locate, decode = bench.stage_2_apart(tiny)
+    decoder = tiny.decoder
+    locate()
+    decode()
+    assert tiny.decoder is decoder
+    assert {name.split(".")[0] for name, p in tiny.named_parameters() if p.grad is not None} == {"decoder"}
+    for learns in (tiny.image_adapters[0], tiny.map_threshold):  # features and map, then the map alone
+        learns.requires_grad_(True)
+        with pytest.raises(SystemExit, match="gradient graph below the decoder"):
+            bench.stage_2_apart(tiny)
+        learns.requires_grad_(False)
+
+
+def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SIZES, "tiny", (16, 32))
+    monkeypatch.setattr(bench, "SENTENCES", (1, 3))
+    monkeypatch.setattr(bench, "IMAGES", (1, 3))
+    out, file = tmp_path / "cost.png", tmp_path / "cost.json"
+    bench.main(bench.parse_args(["cost", "--runs", "1", "--precision", "fp32", "--device", "cpu", "--out", str(out),
+                                 "--json", str(file)]))
+    assert Image.open(out).size == (1680, 630)
+    result = json.loads(file.read_text())
+    one, sentences, images, large = result["points"]
+    assert [(p["image_size"], p["sentences"], p["images"]) for p in result["points"]] == [
+        (16, 1, 1), (16, 3, 1), (16, 1, 3), (32, 1, 1)]
+    for work in "flops", "attention":
+        assert images[work] == 3 * one[work] > sentences[work] and large[work] > one[work]
+    assert images["kept"] == pytest.approx(3 * one["kept"], rel=0.01) and sentences["kept"] < images["kept"]
+    printed = capsys.readouterr().out
+    shared = 1 - (sentences["flops"] - one["flops"]) / 2 / one["flops"]
+    assert "3.00 times the FLOPs of one" in printed and f"{shared:.0%} of what one takes" in printed
+
+
+@pytest.mark.parametrize("command, reason", [
+    ("model --runs 0", "--runs 0: give 1 or more"), ("model --sentences 0", "--sentences 0: give 1 or more"),
+    ("model --image-size 50", "multiple of the patch size 8"), ("cost --device nowhere", "--device nowhere"),
+    ("cost --out cost.doc", "no picture format"), ("model --precision bf16", "no instructions for it"),
+])
+def test_what_cannot_be_measured_is_refused_in_a_line(command, reason, monkeypatch, capsys):
+    monkeypatch.setattr("risclip.computes_bf16", lambda device: False)
+    assert data.run(bench.main, bench.parse_args(command.split())) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
 
 
 def test_the_model_command_has_a_row_for_each_kind_of_work(tmp_path, capsys):
@@ -234,7 +333,18 @@ def test_the_model_command_has_a_row_for_each_kind_of_work(tmp_path, capsys):
     assert float(rows[1]["GFLOP"]) < 2 * float(rows[0]["GFLOP"])  # two sentences share their image's lower layers
     assert [row["MB kept"] == "-" for row in rows] == [True, True, False, False]
     assert [row["decoder"] == "0%" for row in rows] == [True, True, True, False]
-    assert "share" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "share" in printed and "fp32: sentences/s, 2 of an image over 1: " in printed
+    assert "decoder's own forward and backward: " in printed
+
+
+def test_the_model_command_measures_a_piece_alone(tmp_path, capsys):
+    file = tmp_path / "m.json"
+    bench.main(bench.parse_args(["model", "--image-size", "32", "--runs", "1", "--device", "cpu", "--json", str(file),
+                                 "--precision", "fp32", "--only", "stage2"]))
+    result = json.loads(file.read_text())
+    assert [(row[""], row["precision"]) for row in result["rows"]] == [("stage 2, a sample", "fp32")]
+    assert len(result["ratios"]) == 2 and all(ratio > 0 for ratio in result["ratios"].values())
 
 
 def test_the_loader_command_reads_every_sentence_of_the_plan(world, capsys):
