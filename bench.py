@@ -310,12 +310,12 @@ def kernels_command(args):
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class Flops(TorchDispatchMode):
-    """Counts the FLOPs of every torch operator under the part of the model that it is dispatched in, and those of
-    attention's own products, scores and sums, once more in `attention`."""
+    """Counts the FLOPs of every torch operator under the part of the model that it is dispatched in, and those of a
+    forward pass's attention, scores and sums alone, once more in `attention`."""
 
     def __init__(self, model):
         super().__init__()
-        self.parts, self.attention, self.part, self.hooks = Counter(), 0, "image tower", []
+        self.parts, self.attention, self.part, self.hooks, self.attends = Counter(), 0, "image tower", [], False
         marked = {risclip.Adapter: "Adapters", risclip.CFE: "CFE", risclip.SKE: "SKE", risclip.Decoder: "decoder"}
         for module in model.modules():
             if part := marked.get(type(module)):
@@ -330,15 +330,21 @@ class Flops(TorchDispatchMode):
         self.hooks.append(module.register_forward_pre_hook(lambda *_: setattr(self, "part", part)))
 
     def __enter__(self):
-        self.fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it dispatches one operator for all of open_clip's attention
-        self.plain = mock.patch.object(backend, "BACKEND", "torch")  # a fused kernel dispatches none for its products
-        self.plain.start()
+        def attend(*args, function=risclip.attend, **kwargs):
+            self.attends = True
+            out = function(*args, **kwargs)
+            self.attends = False
+            return out
+
+        self.patches = [mock.patch.object(risclip, "attend", attend),
+                        mock.patch.object(backend, "BACKEND", "torch")]  # a fused kernel dispatches no products
+        for patch in self.patches:
+            patch.start()
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.backends.mha.set_fastpath_enabled(self.fast)
-        self.plain.stop()
+        for patch in self.patches:
+            patch.stop()
         for hook in self.hooks:
             hook.remove()
         return super().__exit__(*error)
@@ -357,9 +363,7 @@ class Flops(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() >= 0  # what checkpointing computes again is part of it
         if count:
             self.parts["backward" if backward else self.part] += count
-        weight = any(t.dim() == 3 and t.stride(0) == 0 for t in args if torch.is_tensor(t))  # repeated for the batch
-        if "attention" in name or "bmm" in name and not weight:
-            self.attention += count
+        self.attention += count * (self.attends and not backward)
         return out
 
 
@@ -424,14 +428,17 @@ def made_up(model, images, sentences=1):
     """A batch of noise: so many images, so many sentences about each."""
     S, device = model.config.image_size, model.map_threshold.device
     index = torch.arange(images, device=device).repeat_interleave(sentences)
-    tokens = model.tokenize(["the second giraffe from the left looking up"] * len(index)).to(device)
-    return {"images": torch.randn(images, 3, S, S, device=device), "tokens": tokens, "image_index": index,
-            "masks": torch.rand(len(index), S, S, device=device) > 0.5}
+    texts = ["the second giraffe from the left looking up"] * len(index)
+    return {"images": torch.randn(images, 3, S, S, device=device), "texts": texts, "image_index": index,
+            "tokens": model.tokenize(texts).to(device), "masks": torch.rand(len(index), S, S, device=device) > 0.5}
 
 
 def infer(model, batch):
+    """One image and its sentences as evaluate.py and predict.py do it, several images as a batch."""
     with torch.no_grad():
-        return model(batch["images"], batch["tokens"], batch["image_index"])
+        if len(batch["images"]) > 1:
+            return model(batch["images"], batch["tokens"], batch["image_index"])
+        return [*model.outputs(batch["images"], batch["texts"])]
 
 
 def stage_2_apart(model):
