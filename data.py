@@ -140,7 +140,7 @@ def read_json(path, hook=None, limit=MAX_BYTES):
         raise DataError(f"{path} is not valid JSON ({one_line(error)}): is it whole?") from error
 
 
-def _need(record, key, kind, where):
+def need(record, key, kind, where):
     """record[key], which must be of the kind. Raises DataError naming the record."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or (kind is int and not -2**63 <= value < 2**63):
@@ -189,10 +189,10 @@ def load_refs(path):
     for n, ref in enumerate(refs):
         where = f"{path}: ref number {n}"
         for key in ("ref_id", "ann_id", "image_id"):
-            _need(ref, key, int, where)
-        _need(ref, "split", str, where)
-        for sentence in _need(ref, "sentences", list, where):
-            _need(sentence, "sent_id", int, where)
+            need(ref, key, int, where)
+        need(ref, "split", str, where)
+        for sentence in need(ref, "sentences", list, where):
+            need(sentence, "sent_id", int, where)
         sentences += len(ref["sentences"])
         if sentences > len(content) // 16:  # one list can stand in every ref
             raise DataError(f"{path} holds more sentences than its length allows")
@@ -342,7 +342,7 @@ class ImageRecord(NamedTuple):
     height: int | None
 
 
-def _text(text, where):
+def clean_sentence(text, where):
     """A sentence without the space around it, and nothing in it that cannot be printed as UTF-8 (JSON's lone
     surrogates). Raises DataError if nothing is left."""
     if not isinstance(text, str) or not text.strip():
@@ -350,7 +350,7 @@ def _text(text, where):
     return text.strip().encode("utf-8", "replace").decode()
 
 
-def _inside(folders, name, where):
+def path_inside(folders, name, where):
     """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder, be it by
     a symbolic link. The folder itself may be one: to keep files elsewhere, link the folder."""
     candidates = []
@@ -447,9 +447,9 @@ class RefCOCO:
             return {"id": record["id"], "image_id": record.get("image_id"), "segmentation": polygons}
 
         content = read_json(instances, slim)
-        annotations = {a["id"]: a for a in _need(content, "annotations", list, instances)
+        annotations = {a["id"]: a for a in need(content, "annotations", list, instances)
                        if isinstance(a, dict) and "segmentation" in a}
-        records = {i["id"]: i for i in _need(content, "images", list, instances)
+        records = {i["id"]: i for i in need(content, "images", list, instances)
                    if isinstance(i, dict) and isinstance(i.get("id"), int)}
         for ref in refs:
             where, ann_id, image_id = f"{path}: ref {ref['ref_id']}", ref["ann_id"], ref["image_id"]
@@ -462,7 +462,7 @@ class RefCOCO:
                     raise DataError(f"{where}: its annotation {ann_id} is of another image than {image_id}")
                 image = self._image_record(image_id, records[image_id], instances)
                 sentences = [(f"{name}/{s['sent_id']}" if self.dataset == "combined" else s["sent_id"],
-                              _text(s.get("sent") or s.get("raw"), f"{where}: sentence {s['sent_id']}"),
+                              clean_sentence(s.get("sent") or s.get("raw"), f"{where}: sentence {s['sent_id']}"),
                               s["kind"] if isinstance(s.get("kind"), str) else None) for s in ref["sentences"]]
                 self._add(ref["ref_id"], ann_id, image, annotations[ann_id]["segmentation"], ref["split"], sentences)
             except DataError as error:
@@ -471,7 +471,7 @@ class RefCOCO:
     @staticmethod
     def _image_record(image_id, record, instances):
         where = f"{instances}: image {image_id}"
-        name, width, height = (_need(record, *f, where) for f in (("file_name", str), ("width", int), ("height", int)))
+        name, width, height = (need(record, *f, where) for f in (("file_name", str), ("width", int), ("height", int)))
         if name != os.path.basename(name) or "\\" in name or "\0" in name or name in ("", ".", ".."):
             raise DataError(f"{where}: file_name {name[:100]!r} is no plain file name")
         if not (0 < width and 0 < height and width * height <= MAX_PIXELS):
@@ -485,7 +485,7 @@ class RefCOCO:
         entries = read_json(path)
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise DataError(f"{path} holds no list of entries")
-        splits = {None if e.get("split") is None else _need(e, "split", str, f"{path}: entry {n}")
+        splits = {None if e.get("split") is None else need(e, "split", str, f"{path}: entry {n}")
                   for n, e in enumerate(entries)}
         self.split_names = splits - {None}
         if None in splits and len(splits) > 1:
@@ -496,18 +496,18 @@ class RefCOCO:
         for n, entry in enumerate(entries):
             where, split = f"{path}: entry {n}", entry.get("split")
             try:
-                texts = _need(entry, "sentences", list, where)
+                texts = need(entry, "sentences", list, where)
                 first, sent_id = sent_id, sent_id + len(texts)
                 if split is not None and self.split not in (split, "all"):
                     continue
-                name = _need(entry, "image", str, where)
-                image = ImageRecord(name, str(_inside(folders, name, where)), None, None)
+                name = need(entry, "image", str, where)
+                image = ImageRecord(name, str(path_inside(folders, name, where)), None, None)
                 if ("mask" in entry) == ("polygons" in entry):
                     raise DataError(f'{where}: give either "mask" or "polygons"')
-                segmentation = (_need(entry, "polygons", list, where) if "polygons" in entry else
-                                _inside(folders, _need(entry, "mask", str, where), where))
+                segmentation = (need(entry, "polygons", list, where) if "polygons" in entry else
+                                path_inside(folders, need(entry, "mask", str, where), where))
                 self._add(n, None, image, segmentation, split,
-                          [(first + k, _text(t, f"{where}: sentence {k}"), None) for k, t in enumerate(texts)])
+                          [(first + k, clean_sentence(t, f"{where}: sentence {k}"), None) for k, t in enumerate(texts)])
             except DataError as error:
                 report(error)
 
@@ -523,7 +523,7 @@ class RefCOCO:
         """Index -> the image's path. Raises DataError naming the paths tried."""
         name = self.images[image].file_name
         if self.folders:  # names in one's own JSON were looked at when it was opened
-            _inside(self.folders, name, f"image {self.images[image].id}")
+            path_inside(self.folders, name, f"image {self.images[image].id}")
         tried = [folder / name for folder in self.folders] or [Path(name)]
         for path in tried:
             if os.path.isfile(path):

@@ -43,9 +43,9 @@ def parse_line(number, line, folder, outside):
     except (ValueError, RecursionError) as error:
         raise DataError(f"line {number} is not valid JSON ({data.one_line(error)[:100]})") from error
     where = f"line {number}"
-    name, sentence = data._need(record, "image", str, where), data._need(record, "sentence", str, where)
-    path = folder / name if outside else data._inside([folder], name, where)
-    return name, path, data._text(sentence, f"{where}: sentence")
+    name, sentence = data.need(record, "image", str, where), data.need(record, "sentence", str, where)
+    path = folder / name if outside else data.path_inside([folder], name, where)
+    return name, path, data.clean_sentence(sentence, f"{where}: sentence")
 
 
 def read_done(path):
