@@ -58,8 +58,13 @@ MAX_PIXELS = 64_000_000  # of an image: more would take above 2 GiB and 10 s
 MAX_POLYGONS = 10_000  # of one mask: the time goes with their square
 MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAX_REFS_BYTES = 128 * 2**20  # the published files take 30-50 MB
-MAX_BYTES = 512 * 2**20  # of any other file: instances.json of the published sets is a fraction of COCO's 330 MB
+MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is a fraction of COCO's 330 MB
+MAX_JSON_MEMORY = 1280 * 2**20  # of what a JSON text becomes, see json_memory; torch takes 700 MB as well
+JSON_COSTS = {b"[": 96, b"{": 176, b":": 96, b'"': 32, b",": 42}  # bytes: list, dict, its entry, half a string, number
+MAX_REFS_BYTES = 64 * 2**20  # the published files take 30-50 MB,
+MAX_REFS_STEPS = 10_000_000  # 6.5 million steps of an unpickler,
+MAX_SENTENCES = 1_000_000  # and 50,000 refs with 142,000 sentences
+MAX_SHAPES = 20_000  # scenes of a world: the refs of each take 400 steps
 MAX_CONFIG_BYTES = 2**20  # one takes 1 KB
 
 
@@ -129,18 +134,35 @@ def read_bytes(path, limit=MAX_BYTES):
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_json(path, hook=None, limit=MAX_BYTES):
-    """-> a JSON file's content; `hook` sees every object of it. Raises DataError if it is missing, no JSON, nested too
-    deeply or of more bytes than the limit."""
+def json_memory(content):
+    """-> bytes of memory that a JSON text can take while it is parsed and after, from above, by a count of its signs:
+    an empty list is 3 bytes of a file and 64 of memory."""
+    wide = 1 if content.isascii() and b"\\u" not in content else 4  # one long character makes all of its string so
+    return 2 * wide * len(content) + sum(n * content.count(sign) for sign, n in JSON_COSTS.items())  # 2: text, strings
+
+
+def parse_json(content, where, hook=None):
+    """A JSON text's bytes -> its content; `hook` sees every object of it. Raises DataError if they are no JSON, nested
+    too deeply, or could fill the memory."""
+    memory = json_memory(content)
+    if memory > MAX_JSON_MEMORY:
+        raise DataError(f"{where} could take {memory / 2**30:.1f} GiB of memory: is it the right file? Then split it")
     try:
-        return json.loads(read_bytes(path, limit), object_hook=hook)
+        content = content.decode(json.detect_encoding(content), "surrogatepass")  # so that the bytes go before
+        return json.loads(content, object_hook=hook)
     except DataError:
         raise
     except (ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"{path} is not valid JSON ({one_line(error)}): is it whole?") from error
+        raise DataError(f"{where} is not valid JSON ({one_line(error)[:100]}): is it whole?") from error
 
 
-def _need(record, key, kind, where):
+def read_json(path, hook=None, limit=MAX_BYTES):
+    """-> a JSON file's content, as parse_json gives it. Raises DataError also if the file is missing or of more bytes
+    than the limit."""
+    return parse_json(read_bytes(path, limit), path, hook)
+
+
+def need(record, key, kind, where):
     """record[key], which must be of the kind. Raises DataError naming the record."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or (kind is int and not -2**63 <= value < 2**63):
@@ -157,7 +179,8 @@ class PlainDispatch(dict):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Python's own unpickler with those opcodes alone that make dicts, lists, strings, numbers, None and bools.
+    """Python's own unpickler with those opcodes alone that make dicts, lists, strings, numbers, None and bools, of
+    which it does a limited number.
 
     GLOBAL, REDUCE, INST, BUILD, EXT, persistent ids and the rest have no entry; nor have tuples: one nested a million
     times would, as the key of a dict, end the process. The C unpickler would need a `find_class`, and would take any
@@ -167,7 +190,43 @@ class PlainUnpickler(pickle._Unpickler):
                               if op.name in """PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE
                               GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
                               FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE
-                              LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS""".split()})
+                              LIST EMPTY_LIST APPEND APPENDS EMPTY_DICT""".split()})
+
+    def load(self):
+        """pickle's own loop, with an end: a byte of the file can make an object of 64."""
+        unframer = pickle._Unframer(self._file_read, self._file_readline)
+        self.read, self.readinto, self.readline = unframer.read, unframer.readinto, unframer.readline
+        self._unframer, self.metastack, self.stack = unframer, [], []
+        self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
+        try:
+            for _ in range(MAX_REFS_STEPS):
+                dispatch[read(1)[0]](self)
+        except pickle._Stop as stop:
+            return stop.value
+        raise DataError(f"takes more than {MAX_REFS_STEPS} steps")
+
+    def fill(self, record, items):
+        """record[key] = value, for keys and values in turn. Numbers as keys could be chosen to collide."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str):
+                raise DataError("has a key that is no text")
+            record[key] = value
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.fill(self.stack[-1], items)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.fill(self.stack[-1], [key, value])
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self.fill(self.stack[-1], items)
+
+    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
 
 def load_refs(path):
@@ -185,17 +244,21 @@ def load_refs(path):
         raise DataError(f"{path} is broken ({type(error).__name__}: {one_line(error)[:100]}): is it whole?") from error
     if not isinstance(refs, list):
         raise DataError(f"{path} holds no list of refs")
-    sentences = 0
+    if len(refs) > MAX_SENTENCES:
+        raise DataError(f"{path} holds more than {MAX_SENTENCES} refs")
+    sentences = characters = 0
     for n, ref in enumerate(refs):
         where = f"{path}: ref number {n}"
         for key in ("ref_id", "ann_id", "image_id"):
-            _need(ref, key, int, where)
-        _need(ref, "split", str, where)
-        for sentence in _need(ref, "sentences", list, where):
-            _need(sentence, "sent_id", int, where)
-        sentences += len(ref["sentences"])
-        if sentences > len(content) // 16:  # one list can stand in every ref
-            raise DataError(f"{path} holds more sentences than its length allows")
+            need(ref, key, int, where)
+        need(ref, "split", str, where)
+        sentences += len(need(ref, "sentences", list, where))
+        if sentences > MAX_SENTENCES or characters > MAX_REFS_BYTES:  # one list can stand in every ref
+            raise DataError(f"{path} holds more than {MAX_SENTENCES} sentences, or one very often")
+        for sentence in ref["sentences"]:
+            need(sentence, "sent_id", int, where)
+            text = sentence.get("sent") or sentence.get("raw")
+            characters += len(text) if isinstance(text, str) else 0
     return refs
 
 
@@ -342,7 +405,7 @@ class ImageRecord(NamedTuple):
     height: int | None
 
 
-def _text(text, where):
+def clean_sentence(text, where):
     """A sentence without the space around it, and nothing in it that cannot be printed as UTF-8 (JSON's lone
     surrogates). Raises DataError if nothing is left."""
     if not isinstance(text, str) or not text.strip():
@@ -350,7 +413,7 @@ def _text(text, where):
     return text.strip().encode("utf-8", "replace").decode()
 
 
-def _inside(folders, name, where):
+def path_inside(folders, name, where):
     """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder, be it by
     a symbolic link. The folder itself may be one: to keep files elsewhere, link the folder."""
     candidates = []
@@ -441,16 +504,17 @@ class RefCOCO:
             polygons = record["segmentation"]
             if isinstance(polygons, list):
                 try:
-                    polygons = [np.array(p, np.float64) for p in polygons]
+                    polygons = [np.array(p, np.float64) if isinstance(p, list) and len(p) > 5 else p for p in polygons]
                 except (ValueError, TypeError):
                     polygons = []  # mask() refuses it when it is asked for
             return {"id": record["id"], "image_id": record.get("image_id"), "segmentation": polygons}
 
         content = read_json(instances, slim)
-        annotations = {a["id"]: a for a in _need(content, "annotations", list, instances)
+        annotations = {a["id"]: a for a in need(content, "annotations", list, instances)
                        if isinstance(a, dict) and "segmentation" in a}
-        records = {i["id"]: i for i in _need(content, "images", list, instances)
-                   if isinstance(i, dict) and isinstance(i.get("id"), int)}
+        pictured = {r["image_id"] for r in refs}  # no other id is a key: a file's could be chosen to collide
+        records = {i["id"]: i for i in need(content, "images", list, instances)
+                   if isinstance(i, dict) and isinstance(i.get("id"), int) and i["id"] in pictured}
         for ref in refs:
             where, ann_id, image_id = f"{path}: ref {ref['ref_id']}", ref["ann_id"], ref["image_id"]
             try:
@@ -462,7 +526,7 @@ class RefCOCO:
                     raise DataError(f"{where}: its annotation {ann_id} is of another image than {image_id}")
                 image = self._image_record(image_id, records[image_id], instances)
                 sentences = [(f"{name}/{s['sent_id']}" if self.dataset == "combined" else s["sent_id"],
-                              _text(s.get("sent") or s.get("raw"), f"{where}: sentence {s['sent_id']}"),
+                              clean_sentence(s.get("sent") or s.get("raw"), f"{where}: sentence {s['sent_id']}"),
                               s["kind"] if isinstance(s.get("kind"), str) else None) for s in ref["sentences"]]
                 self._add(ref["ref_id"], ann_id, image, annotations[ann_id]["segmentation"], ref["split"], sentences)
             except DataError as error:
@@ -471,7 +535,7 @@ class RefCOCO:
     @staticmethod
     def _image_record(image_id, record, instances):
         where = f"{instances}: image {image_id}"
-        name, width, height = (_need(record, *f, where) for f in (("file_name", str), ("width", int), ("height", int)))
+        name, width, height = (need(record, *f, where) for f in (("file_name", str), ("width", int), ("height", int)))
         if name != os.path.basename(name) or "\\" in name or "\0" in name or name in ("", ".", ".."):
             raise DataError(f"{where}: file_name {name[:100]!r} is no plain file name")
         if not (0 < width and 0 < height and width * height <= MAX_PIXELS):
@@ -485,7 +549,10 @@ class RefCOCO:
         entries = read_json(path)
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise DataError(f"{path} holds no list of entries")
-        splits = {None if e.get("split") is None else _need(e, "split", str, f"{path}: entry {n}")
+        lists = [e["sentences"] for e in entries if isinstance(e.get("sentences"), list)]
+        if sum(map(len, lists)) > MAX_SENTENCES:
+            raise DataError(f"{path} holds more than {MAX_SENTENCES} sentences: split it")
+        splits = {None if e.get("split") is None else need(e, "split", str, f"{path}: entry {n}")
                   for n, e in enumerate(entries)}
         self.split_names = splits - {None}
         if None in splits and len(splits) > 1:
@@ -496,18 +563,19 @@ class RefCOCO:
         for n, entry in enumerate(entries):
             where, split = f"{path}: entry {n}", entry.get("split")
             try:
-                texts = _need(entry, "sentences", list, where)
+                texts = need(entry, "sentences", list, where)
                 first, sent_id = sent_id, sent_id + len(texts)
                 if split is not None and self.split not in (split, "all"):
                     continue
-                name = _need(entry, "image", str, where)
-                image = ImageRecord(name, str(_inside(folders, name, where)), None, None)
+                name = need(entry, "image", str, where)
+                image = ImageRecord(name, str(path_inside(folders, name, where)), None, None)
                 if ("mask" in entry) == ("polygons" in entry):
                     raise DataError(f'{where}: give either "mask" or "polygons"')
-                segmentation = (_need(entry, "polygons", list, where) if "polygons" in entry else
-                                _inside(folders, _need(entry, "mask", str, where), where))
+                segmentation = (need(entry, "polygons", list, where) if "polygons" in entry else
+                                path_inside(folders, need(entry, "mask", str, where), where))
                 self._add(n, None, image, segmentation, split,
-                          [(first + k, _text(t, f"{where}: sentence {k}"), None) for k, t in enumerate(texts)])
+                          [(first + k, clean_sentence(text, f"{where}: sentence {k}"), None)
+                           for k, text in enumerate(texts)])
             except DataError as error:
                 report(error)
 
@@ -523,7 +591,7 @@ class RefCOCO:
         """Index -> the image's path. Raises DataError naming the paths tried."""
         name = self.images[image].file_name
         if self.folders:  # names in one's own JSON were looked at when it was opened
-            _inside(self.folders, name, f"image {self.images[image].id}")
+            path_inside(self.folders, name, f"image {self.images[image].id}")
         tried = [folder / name for folder in self.folders] or [Path(name)]
         for path in tried:
             if os.path.isfile(path):
@@ -760,7 +828,9 @@ def parse_args(argv=None):
 
 
 def make_shapes(root, images, seed):
-    """shapes.write_shapes. Raises DataError if root cannot be written."""
+    """shapes.write_shapes. Raises DataError if root cannot be written, or load_refs would refuse what is."""
+    if images > MAX_SHAPES:
+        raise DataError(f"--images {images}: give at most {MAX_SHAPES}")
     try:
         shapes.write_shapes(root, images, seed)
     except OSError as error:

@@ -38,14 +38,11 @@ def numbered(path, i, count):
 
 def parse_line(number, line, folder, outside):
     """A line of in.jsonl -> image as written, its path, sentence. Raises DataError for a bad one."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"line {number} is not valid JSON ({data.one_line(error)[:100]})") from error
     where = f"line {number}"
-    name, sentence = data._need(record, "image", str, where), data._need(record, "sentence", str, where)
-    path = folder / name if outside else data._inside([folder], name, where)
-    return name, path, data._text(sentence, f"{where}: sentence")
+    record = data.parse_json(line, where)
+    name, sentence = data.need(record, "image", str, where), data.need(record, "sentence", str, where)
+    path = folder / name if outside else data.path_inside([folder], name, where)
+    return name, path, data.clean_sentence(sentence, f"{where}: sentence")
 
 
 def read_done(path):
@@ -87,7 +84,11 @@ def predict_jsonl(args):
     source, out = Path(args.jsonl), Path(args.out)
     if source.resolve() == out.resolve():
         raise DataError(f"--out {out} is --jsonl as well: give two places")
-    lines = {n: line for n, line in enumerate(data.read_bytes(source).split(b"\n"), 1) if line.strip()}
+    content = data.read_bytes(source)
+    if content.count(b"\n") > data.MAX_SENTENCES:
+        raise DataError(f"--jsonl {source} has more than {data.MAX_SENTENCES} lines: split it")
+    lines = {n: line for n, line in enumerate(content.split(b"\n"), 1) if line.strip()}
+    del content
     check_writable(out)
     parallel.start(args.device)
     done = parallel.gather(read_done(out) if parallel.MAIN else None)[0]

@@ -1,9 +1,11 @@
 """The readers, their traps, and batches. Small real files in tmp_path; photographs where there are some."""
 
+import gc
 import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import subprocess
 import sys
@@ -169,10 +171,173 @@ def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
 
 
 def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
-    shared = ref(0, 1, sentences=["a"] * 999)
-    (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(999)], 2))
-    with pytest.raises(DataError, match="more sentences"):
+    for sentences, refs in ((["a"] * 1001, 1001), (["a" * 10**6], 99)):
+        shared = ref(0, 1, sentences=sentences)
+        (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(refs)], 2))
+        with pytest.raises(DataError, match="more than 1000000 sentences, or one very often"):
+            data.load_refs(tmp_path / "r.p")
+
+
+def test_numbers_as_keys_could_collide_and_are_refused(tmp_path):
+    multiples = {i * (2**61 - 1): None for i in range(9)}  # Python's hash of each is 0
+    for protocol, content in ((0, multiples), (2, multiples), (2, {1: None})):  # DICT or SETITEM, SETITEMS, SETITEM
+        (tmp_path / "r.p").write_bytes(pickle.dumps([content], protocol))
+        with pytest.raises(DataError, match="a key that is no text"):
+            data.load_refs(tmp_path / "r.p")
+    (tmp_path / "r.p").write_bytes(b"(I1\nNd.")
+    with pytest.raises(DataError, match="a key that is no text"):
         data.load_refs(tmp_path / "r.p")
+
+
+def test_an_unpickler_stops_after_so_many_steps(tmp_path, monkeypatch):
+    """50 refs of three sentences of five words, a thousandth of a published set, take less than a thousandth."""
+    monkeypatch.setattr(data, "MAX_REFS_STEPS", data.MAX_REFS_STEPS // 1000)
+    refs = [ref(n, n, sentences=["a {} on the left"] * 3) for n in range(50)]
+    for protocol in (0, 2, 5):
+        (tmp_path / "r.p").write_bytes(pickle.dumps(refs, protocol))
+        assert data.load_refs(tmp_path / "r.p") == refs
+    for marks, message in ((10_000 - 2, "no list of refs"), (10_000 - 1, "more than 10000 steps")):
+        (tmp_path / "r.p").write_bytes(b"(" * marks + b"}.")  # marks need not be closed
+        with pytest.raises(DataError, match=message):
+            data.load_refs(tmp_path / "r.p")
+
+
+# Each: what stands before, again and again, and after in a hostile JSON file.
+SHAPES = {"lists": (b"[", b"[],", b"0]"), "lists of one": (b"[", b"[1],", b"0]"), "dicts": (b"[", b"{},", b"0]"),
+          "dicts of one": (b"[", b'{"a":1},', b"0]"), "dicts of seven": (
+              b"[", b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7},', b"0]"),
+          "strings": (b"[", b'"ab",', b"0]"), "long characters": (b"[", '"\u0100",'.encode(), b"0]"),
+          "escapes": (b"[", b'"\\u0100",', b"0]"), "floats": (b"[", b"1.5,", b"0]"), "ints": (b"[", b"999,", b"0]"),
+          "nested lists": (b"[", b"[" * 400 + b"]" * 400 + b",", b"0]"),
+          "nested dicts": (b"[", b'{"a":' * 400 + b"1" + b"}" * 400 + b",", b"0]"),
+          "one string": (b'"', b"a", b'"'), "one long string": ('"\U0001f600'.encode(), b"a", b'"'),
+          "one escaped string": (b'"\\ud83d\\ude00', b"a", b'"'), "spaces": (b"[", b" ", b"0]"),
+          "digits": (b"[1.", b"1", b"]"), "lines": (b'"', b"\\n", b'"'), "keys": None, "dicts of a new key": None}
+
+
+def hostile_json(name, size):
+    """-> about so many bytes of JSON."""
+    if SHAPES[name]:
+        before, again, after = SHAPES[name]
+        return before + again * ((size - len(before + after)) // len(again)) + after
+    between, (before, after) = (b"1},{", (b"[{", b"1}]")) if name == "dicts of a new key" else (b"1,", (b"{", b"1}"))
+    keys = range(size // len(b'"%x":' % (size // 10) + between))
+    return before + between.join(b'"%x":' % i for i in keys) + after
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_json_text_takes_no_more_memory_than_its_signs_say(monkeypatch, name):
+    content = hostile_json(name, 200_000)
+    gc.collect()
+    tracemalloc.start()
+    data.parse_json(content, "x.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < data.json_memory(content) + 4096  # the parser itself
+    monkeypatch.setattr(data, "MAX_JSON_MEMORY", data.json_memory(content) - 1)
+    with pytest.raises(DataError, match="x.json could take .* GiB of memory"):
+        data.parse_json(content, "x.json")
+
+
+def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatch):
+    """26,000 images and 209,000 annotations of 49 coordinates, the most of the three sets: a hundredth of them."""
+    image = {"license": 5, "file_name": "COCO_train2014_000000098304.jpg", "coco_url": f"http://mscoco.org/{'x' * 36}",
+             "height": 424, "width": 640, "date_captured": "2013-11-21 23:06:41", "id": 98304,
+             "flickr_url": f"http://farm6.staticflickr.com/{'x' * 32}_z.jpg"}
+    outline = [round(100.11 + 7.77 * n, 2) for n in range(49)]
+    annotation = {"segmentation": [outline[:40], outline[40:]], "area": 197.29665, "iscrowd": 0, "image_id": 98304,
+                  "bbox": [263.87, 216.88, 21.13, 15.17], "category_id": 18, "id": 3007}
+    content = {"images": [image] * 260, "annotations": [annotation] * 2090}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    assert 1.1e6 < (tmp_path / "instances.json").stat().st_size < 1.4e6
+    monkeypatch.setattr(data, "MAX_JSON_MEMORY", data.MAX_JSON_MEMORY // 100)
+    assert data.read_json(tmp_path / "instances.json") == content
+
+
+def test_no_world_is_written_that_would_not_be_read(tmp_path, capsys):
+    args = data.parse_args(["shapes", "--root", str(tmp_path), "--images", str(data.MAX_SHAPES + 1)])
+    assert data.run(data.main, args) == 2 and "give at most 20000" in capsys.readouterr().err
+    data.shapes.write_shapes(tmp_path, 40, seed=0, limits=0)
+    path = tmp_path / "shapes" / "refs(shapes).p"
+    steps = sum(1 for _ in pickletools.genops(path.read_bytes())) / 40
+    assert data.MAX_SHAPES * steps < 0.9 * data.MAX_REFS_STEPS
+    assert data.MAX_SHAPES * path.stat().st_size / 40 < 0.9 * data.MAX_REFS_BYTES
+
+
+def test_a_list_of_too_many_sentences_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_SENTENCES", 3)
+    write_own(tmp_path, A, A | {"sentences": ["three"]})
+    assert len(RefCOCO(tmp_path, "own.json", "train")) == 3
+    with pytest.raises(DataError, match="own.json holds more than 3 sentences"):
+        RefCOCO(tmp_path, write_own(tmp_path, A, A), "train")
+
+
+READ = """
+import os, resource, sys, time, data
+start = time.process_time()
+try:
+    getattr(data, sys.argv[1])(sys.argv[2])
+    outcome = "read"
+except data.DataError as error:
+    outcome = str(error)
+seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"{seconds:.2f} {peak:.3f} {outcome[-80:]}", flush=True)
+os._exit(0)
+"""
+
+
+def read_alone(reader, path):
+    """Reads a file in a process of its own, within 2 GiB and 10 s of processor time."""
+    done = subprocess.run([sys.executable, "-c", READ, reader, str(path)], cwd=Path(data.__file__).parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    seconds, peak, outcome = done.stdout.strip().split(" ", 2)
+    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {seconds} s, {peak} GiB, {outcome}")
+    path.unlink()
+    assert float(peak) < 2 and float(seconds) < 10
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_hostile_json_file_is_read_or_refused_within_2_gib_and_10_s(tmp_path, monkeypatch, name):
+    """The longest that is parsed, and 512 MiB."""
+    path, most = tmp_path / "x.json", min(data.MAX_BYTES, 2**23 * data.MAX_JSON_MEMORY // data.json_memory(
+        hostile_json(name, 2**23)) * 99 // 100)
+    path.write_bytes(hostile_json(name, most))
+    outcome = read_alone("read_json", path)
+    assert "GiB of memory" not in outcome
+    path.write_bytes(hostile_json(name, data.MAX_BYTES))
+    outcome = read_alone("read_json", path)
+    assert "GiB of memory" in outcome or most == data.MAX_BYTES
+
+
+def keyed(before, after):
+    """A pickle of one dict with as many keys as there is room for."""
+    return before + b"".join(b"U\x04" + struct.pack("<I", i) + b"N" for i in range(data.MAX_REFS_BYTES // 8)) + after
+
+
+PICKLES = {"lists": b"]", "dicts": b"}", "marks": b"(", "names for one thing": b"\x94", "names for dicts": b"}\x94",
+           "strings": b"U\x02ab", "long characters": b"\x8c\x02\xc4\x80", "numbers": b"M\xff\xff",
+           "dicts of one": b"}U\x01aNs", "lists of one": b"]Na", "nested lists": b"]a"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PICKLES, "keys", "one ref again and again", "one long string, then dicts"])
+def test_a_hostile_refs_file_is_refused_within_2_gib_and_10_s(tmp_path, name):
+    path, room = tmp_path / "x.p", data.MAX_REFS_BYTES - 1
+    if name in PICKLES:
+        content = b"]" + PICKLES[name] * (room // len(PICKLES[name]))
+    elif name == "keys":
+        content = keyed(b"}(", b"u.")[:data.MAX_REFS_BYTES]
+    elif name == "one ref again and again":
+        one = pickle.dumps(ref(0, 0, sentences=["a"]), 2)[2:-1]
+        content = b"](" + one + b"h\x00" * (data.MAX_REFS_STEPS - 1000) + b"e."
+    else:
+        long = "\U0001f600".encode() + b"a" * (room - 10_000_009)
+        content = b"X" + struct.pack("<I", len(long)) + long + b"}\x94" * 5_000_000
+    path.write_bytes(content)
+    assert read_alone("load_refs", path) != "read"
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)

@@ -94,6 +94,16 @@ def test_a_path_that_leaves_the_folder_needs_the_flag(checkpoint, folder, name):
     assert code == 0 and "segmentation" in records[1]
 
 
+def test_a_file_that_would_fill_the_memory_is_refused_and_so_is_a_line(checkpoint, folder, monkeypatch, capsys):
+    long = '{"image": "a.png", "sentence": "the star", "more": [' + "[]," * 9999 + "[]]}"
+    write(folder, [long, line("a.png", "the star")])
+    monkeypatch.setattr(data, "MAX_JSON_MEMORY", 10**6)
+    code, records = predicted(checkpoint, folder)
+    assert code == 1 and "line 1 could take" in records[1]["error"] and "segmentation" in records[2]
+    monkeypatch.setattr(data, "MAX_SENTENCES", 1)
+    assert predicted(checkpoint, folder)[0] == 2 and "has more than 1 lines: split it" in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on_where_it_was_and_mends_a_torn_line(checkpoint, folder, monkeypatch):
     _, whole = predicted(checkpoint, folder)
     out = folder / "out.jsonl"
