@@ -243,21 +243,25 @@ def test_bf16_locator_stays_close_to_fp32_and_the_decoder_is_fp32(tiny, monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("keys, masked, causal", [(9, False, False), (9, True, False), (7, False, True),
-                                                  (600, True, False)])
-def test_every_path_of_attention_is_softmax_of_scaled_products(dtype, learns, keys, masked, causal):
+@pytest.mark.parametrize("queries, keys, masked, causal", [(7, 9, False, False), (7, 9, True, False),
+                                                           (7, 7, False, True), (520, 530, False, False)])
+def test_every_path_of_attention_is_softmax_of_scaled_products(dtype, learns, queries, keys, masked, causal):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8).to(dtype).requires_grad_(learns) for n in (7, keys, keys))
-    keep = torch.arange(keys) < torch.tensor([[keys - 2], [keys - 4]]) if masked else None
-    y = risclip.attend(q, k, v, None if keep is None else keep[:, None, None], causal)
-    scores = q.double() @ k.double().transpose(2, 3) / 8 ** 0.5
-    if masked:
-        scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
+    ours = [torch.randn(2, 3, n, 8).to(dtype).requires_grad_(learns) for n in (queries, keys, keys)]
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in ours]
+    keep = torch.arange(keys) < torch.tensor([[keys - 2], [keys - 4]]) if masked else torch.ones(2, keys).bool()
+    y = risclip.attend(*ours, keep[:, None, None] if masked else None, causal)
+    scores = (q @ k.transpose(2, 3) / 8 ** 0.5).masked_fill(~keep[:, None, None], -torch.inf)
     if causal:
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    expected, tolerance = scores.softmax(-1) @ v, 1e-5 if dtype == torch.float32 else 0.02  # values and gradients ~ 1
     assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), scores.softmax(-1) @ v.double(), rtol=0,
-                               atol=1e-5 if dtype == torch.float32 else 0.02)  # of values up to 3
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance)
+    if learns:
+        y.backward(torch.ones_like(y))
+        expected.backward(torch.ones_like(expected))
+        for x, truth in zip(ours, exact):
+            torch.testing.assert_close(x.grad.double(), truth.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(monkeypatch):
