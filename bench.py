@@ -370,16 +370,15 @@ class Flops(TorchDispatchMode):
 def kept_bytes(model, forward):
     """Bytes that a forward pass keeps for backward, each memory once, weights not counted."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}  # address -> bytes
+    kept = {}  # address -> tensor; detached, since one that its own gradient's node holds would never be freed
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
     del loss
-    return sum(size for address, size in kept.items() if address not in own)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
 
 
 def kept_by_a_sample(model, forward, one, two):
