@@ -519,7 +519,7 @@ def model_command(args):
     steps = [rates["stage 1, a sample", p] for p in ("bf16", "fp32") if ("stage 1, a sample", p) in rates]
     if len(steps) == 2:
         ratios.append(("stage 1: samples/s, bf16 over fp32", *steps))
-    print(f"{args.backbone} at {model.config.image_size} pixels on {args.device}, {torch.get_num_threads()} threads, "
+    print(f"{args.backbone} at {model.config.image_size} pixels on {args.device}, threads: {torch.get_num_threads()}, "
           f"medians of {args.runs} runs, each part's share of the FLOPs:\n\n{table(rows)}\n")
     for what, above, *below in ratios:
         print(f"{what}: {above:.3g} / {' + '.join(f'{b:.3g}' for b in below)} = {above / sum(below):.2f}")
@@ -609,7 +609,7 @@ def cost_command(args):
     copies = 2 * one["kept"] - two["kept"]
     rate = statistics.median(p["flops"] / p["seconds"] for p in points)
     kept_per_flop = statistics.median((p["kept"] - copies) / p["flops"] for p in points)
-    title = (f"{args.backbone} in {precision} on {args.device}, {torch.get_num_threads()} threads. Dots: measured, "
+    title = (f"{args.backbone} in {precision} on {args.device}, threads: {torch.get_num_threads()}. Dots: measured, "
              f"medians of {args.runs} runs. Line: FLOPs, at {rate / 1e9:.3g} GFLOP/s and {1e3 * kept_per_flop:.3g} MB "
              f"kept per GFLOP, {copies / 1e6:.0f} MB once a step")
     draw_cost(args.out, points, rate, kept_per_flop, copies, title)
