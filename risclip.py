@@ -439,9 +439,10 @@ class RISCLIP(nn.Module):
         """A context in the locator's precision. Frozen matrices are kept in it: autocast would cast them every time."""
         bf16 = self.config.precision == "bf16" and computes_bf16(device)
         if not self.config.fine_tuned and self.config.backbone != "tiny":  # whose CLIP is saved with a checkpoint
-            for p in (*self.visual.transformer.parameters(), *self.clip.transformer.parameters()):
-                if p.ndim == 2:
-                    p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+            with torch.inference_mode(False):  # backward could not use what is made in it
+                for p in (*self.visual.transformer.parameters(), *self.clip.transformer.parameters()):
+                    if p.ndim == 2:
+                        p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
         return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
     def image_layers(self, v, first, last):

@@ -270,7 +270,9 @@ def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(monkeypatch
     towers = (*model.visual.transformer.parameters(), *model.clip.transformer.parameters())
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         model.config = replace(model.config, precision=precision)
-        model.autocast("cpu")
+        with torch.inference_mode():
+            model.autocast("cpu")
+        assert not any(p.is_inference() for p in towers)
         assert {p.dtype for p in towers if p.ndim == 2} == {dtype}
         assert {p.dtype for p in towers if p.ndim < 2} == {torch.float32}
     assert {p.dtype for p in (*model.image_adapters.parameters(), *model.cfe.parameters())} == {torch.float32}
