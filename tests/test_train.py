@@ -67,8 +67,9 @@ def test_a_run_leaves_what_the_readme_lists(run):
 
 def test_stage_1_moves_all_it_should_and_nothing_else(world, tmp_path):
     torch.manual_seed(0)
-    args = arguments(world, tmp_path, "--stage", 1, "--steps", 4, "--lr", 1e-3)
+    args = arguments(world, tmp_path, "--stage", 1, "--steps", 4, "--lr", 1e-3, "--recompute")
     model = train.build_model(args, 1)
+    assert model.recompute
     before = {k: v.clone() for k, v in model.state_dict().items()}
     dataset = RefCOCO(world, "shapes", "train")
     settings = train.stage_settings(args, 1)
