@@ -470,19 +470,21 @@ class RISCLIP(nn.Module):
             image_index = torch.arange(B, device=tokens.device)
         eos = tokens.argmax(dim=1)  # [EOS] is the largest id
         words = torch.arange(T, device=tokens.device) <= eos[:, None]  # (B, T): keys that may be attended to
-        text_blocks, pairs = self.clip.transformer.resblocks, len(self.cfe)
-        first = len(self.image_adapters) - pairs
+        text_blocks = self.clip.transformer.resblocks
+        text_below, image_below = (len(layers) - len(self.cfe) for layers in (text_blocks, self.image_adapters))
         recomputed = partial(checkpoint, use_reentrant=False) if self.recompute else lambda f, *inputs: f(*inputs)
 
         # index_select: the gradient of v[image_index] is summed in whatever order threads come
         v, *features = (x.index_select(0, image_index) for x in (lower[0], *lower[1]))  # (B, 1 + N, D_v) from here on
         t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]  # (B, T, D_t)
-        for m, (block, adapters) in enumerate(zip(text_blocks, self.text_adapters), pairs - len(text_blocks)):
-            if m >= 0:  # the m-th pair of layers
-                t, v = recomputed(self.cfe[m], t, v, words)
-                v, its_features = self.image_layers(v, first + m, first + m + 1)
-                features += its_features
-            t = text_layer(block, t, adapters)
+        for k in range(text_below):
+            t = text_layer(text_blocks[k], t, self.text_adapters[k])
+        for m, cfe in enumerate(self.cfe):
+            k, i = text_below + m, image_below + m
+            t, v = recomputed(cfe, t, v, words)
+            t = text_layer(text_blocks[k], t, self.text_adapters[k])
+            v, its_features = self.image_layers(v, i, i + 1)
+            features += its_features
 
         t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
         v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
