@@ -562,6 +562,8 @@ def parse_args(argv=None):
             parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
     if args.stage == "0" and (args.backbone != "tiny" or args.epochs or args.accumulate > 1):
         parser.error("--stage 0 makes the tiny CLIP: --backbone tiny, --steps instead of --epochs, no --accumulate")
+    if args.recompute and args.stage in "02":
+        parser.error(f"--recompute saves memory in stage 1: leave it out of --stage {args.stage}")
     if args.stage == "0" and parallel.WORLD > 1:
         parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
     for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("per_image", 1), ("accumulate", 1),
