@@ -421,7 +421,7 @@ def build(args, precision, image_size):
     config = replace(risclip.CONFIGS[args.backbone], clip="random", precision=precision)
     config = config if image_size is None else replace(config, image_size=image_size)
     model = risclip.RISCLIP(config).to(args.device)
-    model.recompute = args.recompute
+    model.recompute = model.recompute if args.recompute is None else args.recompute
     return model
 
 
@@ -658,7 +658,7 @@ def parse_args(argv=None):
         command.add_argument("--precision", choices=("fp32", "bf16"),
                              help="default: bf16 where there are instructions for it; `model` measures fp32 as well")
         command.add_argument("--runs", type=int, default=3, help="default: 3")
-        command.add_argument("--recompute", action="store_true", help="train as with train.py --recompute")
+        command.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="as train.py's")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command = commands.add_parser("loader", help="samples a second, decoding an image once for several sentences")
     command.add_argument("--dataset", default="shapes")

@@ -387,7 +387,7 @@ class RISCLIP(nn.Module):
         # about the learning rate a step, which on these two is enough to calibrate the map.
         self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
         self.map_threshold = nn.Parameter(torch.tensor(config.map_threshold))
-        self.recompute = False  # in backward, rather than keep for it, the insides of CFE and SKE
+        self.recompute = config.backbone != "tiny"  # in backward, rather than keep for it, the insides of SKE
         self.decoder = None
         if config.decoder:
             self.add_decoder()
@@ -472,7 +472,6 @@ class RISCLIP(nn.Module):
         words = torch.arange(T, device=tokens.device) <= eos[:, None]  # (B, T): keys that may be attended to
         text_blocks = self.clip.transformer.resblocks
         text_below, image_below = (len(layers) - len(self.cfe) for layers in (text_blocks, self.image_adapters))
-        recomputed = partial(checkpoint, use_reentrant=False) if self.recompute else lambda f, *inputs: f(*inputs)
 
         # index_select: the gradient of v[image_index] is summed in whatever order threads come
         v, *features = (x.index_select(0, image_index) for x in (lower[0], *lower[1]))  # (B, 1 + N, D_v) from here on
@@ -481,7 +480,7 @@ class RISCLIP(nn.Module):
             t = text_layer(text_blocks[k], t, self.text_adapters[k])
         for m, cfe in enumerate(self.cfe):
             k, i = text_below + m, image_below + m
-            t, v = recomputed(cfe, t, v, words)
+            t, v = cfe(t, v, words)
             t = text_layer(text_blocks[k], t, self.text_adapters[k])
             v, its_features = self.image_layers(v, i, i + 1)
             features += its_features
@@ -489,7 +488,7 @@ class RISCLIP(nn.Module):
         t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
         v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
         for ske in self.ske:
-            t, v = recomputed(ske, t, v, words)
+            t, v = checkpoint(ske, t, v, words, use_reentrant=False) if self.recompute else ske(t, v, words)
 
         sentence = F.normalize(t[torch.arange(B, device=t.device), eos].float(), dim=-1)
         patches = F.normalize(v.float(), dim=-1)

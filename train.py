@@ -188,7 +188,8 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([
         {"params": [p for name, p in trained.items() if decays(name, p)], "weight_decay": 5e-3},
-        {"params": [p for name, p in trained.items() if not decays(name, p)], "weight_decay": 0.0}], lr=settings["lr"])
+        {"params": [p for name, p in trained.items() if not decays(name, p)], "weight_decay": 0.0}],
+        lr=settings["lr"], fused=True)
     run = {**settings, "stage": stage, "steps": steps, "seed": args.seed, "dataset": args.dataset,
            "accumulate": args.accumulate}
     running = [b for name, b in net.named_buffers() if "running_" in name]
@@ -228,7 +229,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
             gradients = [p.grad for p in trained.values() if p.grad is not None]
             for g in gradients:
                 g /= count  # the mean over the step's sentences, however many parts they came in
-            finite = math.isfinite(total) and all(g.isfinite().all() for g in gradients)
+            finite = math.isfinite(total + torch.nn.utils.get_total_norm(gradients))
             if finite:
                 optimizer.step()
             else:  # as if the step had not been: batch norm has seen what is not finite
@@ -431,7 +432,7 @@ def build_model(args, stage):
             if getattr(model.config, name) != value:
                 raise DataError(f"--{name.replace('_', '-')}: {source} was trained with {getattr(model.config, name)}, "
                                 f"not {value}")
-    model.recompute = args.recompute
+    model.recompute = model.recompute if args.recompute is None else args.recompute
     if stage == 1:
         model.requires_grad_(True).clip.requires_grad_(model.config.fine_tuned)
     elif model.decoder is None:
@@ -542,8 +543,8 @@ def parse_args(argv=None):
     parser.add_argument("--per-image", type=int, help="up to so many sentences of an image share its lower layers, "
                         "decode and augmentation")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
-    parser.add_argument("--recompute", action="store_true", help="save memory in stage 1: what CFE and SKE would keep "
-                        "for backward is computed again there, to the same result")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="stage 1: compute SKE's insides "
+                        "again in backward, to the same result, rather than keep them (default with B and L)")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
     parser.add_argument("--modules", help="those of stage 1 (default: adapter,cfe,ske); 'none' leaves frozen CLIP")
@@ -562,8 +563,8 @@ def parse_args(argv=None):
             parser.error(f"--modules {','.join(sorted(unknown))}: know adapter, cfe, ske and none")
     if args.stage == "0" and (args.backbone != "tiny" or args.epochs or args.accumulate > 1):
         parser.error("--stage 0 makes the tiny CLIP: --backbone tiny, --steps instead of --epochs, no --accumulate")
-    if args.recompute and args.stage in "02":
-        parser.error(f"--recompute saves memory in stage 1: leave it out of --stage {args.stage}")
+    if args.recompute is not None and args.stage in "02":
+        parser.error(f"--recompute and --no-recompute are stage 1's: leave them out of --stage {args.stage}")
     if args.stage == "0" and parallel.WORLD > 1:
         parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
     for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("per_image", 1), ("accumulate", 1),

@@ -320,7 +320,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(world, run, tmp_path, capsy
 @pytest.mark.parametrize("flags", [["--modules", "ske,magic"], ["--stage", "0", "--backbone", "B"], ["--steps", "0"],
                                    ["--batch-size", "-3"], ["--stage", "3"], ["--lr", "-1"], ["--workers", "-1"],
                                    ["--stage", "0", "--epochs", "1"], ["--stage", "0", "--accumulate", "2"],
-                                   ["--recompute", "--stage", "0"], ["--recompute", "--stage", "2"]])
+                                   ["--recompute", "--stage", "0"], ["--no-recompute", "--stage", "2"]])
 def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(flags)
