@@ -39,7 +39,7 @@ BLUE, PINK = (40, 90, 255), (255, 60, 160)  # ground truth and prediction, as in
 
 
 class RISMetrics:
-    """oIoU, mIoU and P@X in percent, each sentence counted once.
+    """oIoU, mIoU and P@X in percent, each sentence counted once. Sec. 4.1.
 
     IoU of two empty masks is 0, as in all the public protocols. `strict`: P@X counts IoU > X instead of IoU >= X.
     Sums are exact, so that the order of updates does not matter.
@@ -199,7 +199,7 @@ def warn_of_images_trained_on(learned, images):
 
 def best_map_readout(model, dataset, limit=150):
     """The map's readout whose threshold gives the highest mIoU on validation scenes: a map is then compared for what
-    it shows, not for its calibration. On frozen CLIP's map this is a fit of temperature and bias."""
+    it shows, not for its calibration."""
     readouts = [("patch_logits", 1 / (1 + math.exp(-x / 2))) for x in range(-8, 9)]
     results = evaluate(model, dataset, limit=limit, readouts=readouts)
     return max(readouts, key=lambda readout: results[readout]["mIoU"])
@@ -357,7 +357,7 @@ def evolution(models, dataset, count=4):
 
 
 def cases(models, dataset, limit=100):
-    """(image, sentence, target, [(mask, IoU) of each model]) for every sentence of the first images."""
+    """(image, sentence, target, [(mask, IoU) of each model]) for the first images' sentences; Figures 3, A1-A4."""
     found = []
     for views in zip(*(predictions(m, dataset, limit=limit) for m in models)):
         image, sentences, targets, _ = views[0]

@@ -9,7 +9,7 @@ The whole model, in the order of the paper's Sec. 3; losses (3.5) are in kernels
     t_k^m, v_l^m            t_m, v_m                        Eq. 2     (B, T, d), (B, 1 + N, d)
     W_s2t, W_s2v            CFE.s2t, CFE.s2v                Eq. 3     d -> D_t, d -> D_v
     V_patch, t_eos          patches, sentence               Sec. 3.1  (B, N, d), (B, d)
-    map_patch               sigmoid(patch_logits)           Sec. 3.1  (B, h, w), h * w = N
+    map_patch               sigmoid(patch_logits)           Sec. 3.4  (B, h, w), h * w = N
     D_i, d_i, u(v_i)        Decoder.blocks, x, Decoder.up   Sec. 3.4  (B, C_i, h * 2^j, w * 2^j)
     map_pixel               sigmoid(mask_logits)            Sec. 3.4  (B, 2, H, W), background and foreground
 
@@ -92,7 +92,7 @@ CONFIGS = {
                 cfe_heads=12),
 }
 
-# The miniature's CLIP, open_clip's own class at a size that two CPU cores train in an hour (train.py --stage 0).
+# The miniature's CLIP, open_clip's own class at a size that two CPU cores train in two hours (train.py --stage 0).
 TINY_CLIP = dict(
     embed_dim=128,
     vision_cfg=dict(image_size=96, patch_size=8, width=128, layers=6, head_width=32),
@@ -111,7 +111,7 @@ def check_image_size(config):
 
 
 def build_clip(config):
-    """open_clip's CLIP at the config's image size, position embeddings resized (bicubic, antialiased) by open_clip.
+    """open_clip's CLIP (Sec. 3.1) at the config's image size; it resizes position embeddings (bicubic, antialiased).
 
     `config.clip` is "pretrained" (the paper's weights, downloaded once; tiny's ship in assets/), "random" (drawn from
     seed 0: for trying the code) or a weight file. Raises DataError if the weights cannot be had.
@@ -186,7 +186,7 @@ def image_layer(block, x, adapters, value_path=False):
 
 
 def text_layer(block, x, adapters):
-    """A layer of the text tower with its two Adapters. x (B, T, D)."""
+    """A layer of the text tower with its two Adapters (Sec. 3.1). x (B, T, D)."""
     x = x + block.ls_1(self_attention(block, block.ln_1(x), causal=True))
     x = adapters[0](x)
     x = x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -213,7 +213,7 @@ class Adapter(nn.Module):
 
 
 def make_adapters(layers, last, width, bottleneck, scale):
-    """A pair for each of the last `last` of `layers` layers: after the MHSA and after the MLP; identities below."""
+    """A pair (Sec. 3.1) for each of the last `last` of `layers` layers: after MHSA and MLP; identities below."""
     def one(layer):
         return Adapter(width, bottleneck, scale) if layer >= layers - last else nn.Identity()
     return nn.ModuleList(nn.ModuleList([one(i), one(i)]) for i in range(layers))
@@ -222,7 +222,7 @@ def make_adapters(layers, last, width, bottleneck, scale):
 # ---- Sec. 3.2: Cross-modal Feature Extraction -----------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention with a learnable temperature per head (A.1, 'Additional techniques').
+    """Multi-head attention (Eq. 2, Sec. 3.3) with a learnable temperature per head (A.1, 'Additional techniques').
 
     MHCA where `context` is the other modality, MHSA where it is `x` itself. x (B, Nq, d), context (B, Nk, d),
     keep (B, Nk) bool or None: the keys that may be attended to.
@@ -277,7 +277,7 @@ def cast(x):
 
 
 class SKEStream(nn.Module):
-    """One modality's half of an SKE module: MHCA, MHSA, MLP, each behind an LN, residual and scaled.
+    """One modality's half of an SKE module (Sec. 3.3): MHCA, MHSA, MLP, each behind an LN, residual and scaled.
 
     Value projections and the MLP's last layer start at zero: a new stream is the identity.
     """
@@ -321,8 +321,8 @@ class SKE(nn.Module):
 # ---- Sec. 3.4: Decoder ----------------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
-    """Sharpens the patch map with the image tower's first four layers: d_4 = D_4([v_4; map_patch]),
-    d_i = D_i([d_{i+1}; u(v_i)]).
+    """Sharpens the patch map with the image tower's first four layers (Sec. 3.4): d_4 = D_4([u(v_4); map_patch]),
+    d_i = D_i([u(v_i); d_{i+1}]).
 
     Each D_i is twice (3 x 3 convolution, ReLU, batch norm), then doubles the resolution, until a patch is pixels again:
     four doublings for patches of 16 and 14 (L's 640 x 640 are resized to the image's 560), three for tiny's 8.
@@ -410,7 +410,7 @@ class RISCLIP(nn.Module):
         return self
 
     def tokenize(self, texts):
-        """Sentences -> token ids (B, T), T of the longest; 0 pads. Raises DataError for an empty one.
+        """Sentences -> BPE token ids (B, T), T of the longest; 0 pads (Sec. 3.1). Raises DataError for an empty one.
 
         A sentence longer than CLIP's context (77; tiny's 40) is cut there, with a warning that counts such sentences.
         """
@@ -464,7 +464,8 @@ class RISCLIP(nn.Module):
         return self.image_layers(v, 0, len(self.image_adapters) - len(self.cfe))
 
     def locate(self, tokens, image_index, lower):
-        """The patch-level grounding map: logits (B, h, w) fp32, and v_1 ... v_4 (B, D, h, w) for the decoder."""
+        """The patch-level grounding map (Sec. 3.1, Figure 2) of sentences, tokens (B, T), about images, image_index
+        (B,) -> logits (B, h, w) fp32, and v_1 ... v_4 (B, D, h, w) for the decoder. lower: of lower_layers."""
         B, T = tokens.size()
         if image_index is None:
             image_index = torch.arange(B, device=tokens.device)
@@ -490,6 +491,7 @@ class RISCLIP(nn.Module):
         for ske in self.ske:
             t, v = checkpoint(ske, t, v, words, use_reentrant=False) if self.recompute else ske(t, v, words)
 
+        # t_eos and V_patch
         sentence = F.normalize(t[torch.arange(B, device=t.device), eos].float(), dim=-1)
         patches = F.normalize(v.float(), dim=-1)
         with torch.autocast(tokens.device.type, enabled=False):

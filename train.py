@@ -3,7 +3,7 @@
     python train.py                                             the miniature: both stages, evaluation, pictures
     python train.py --backbone B --stage 1 --dataset refcoco --data-root DATA --out runs/B
     python train.py --backbone B --stage 2 --dataset refcoco --data-root DATA --out runs/B
-    python train.py --backbone tiny --stage 0 --out runs/tiny_clip      how assets/tiny_clip.safetensors was made
+    python train.py --backbone tiny --stage 0 --out runs/tiny_clip      a CLIP like assets/tiny_clip.safetensors
     torchrun --nproc-per-node 8 train.py ...                            stages 1 and 2 on eight GPUs
 
 Stage 1 aligns the patch-level map with the downsampled mask: Adapters, CFE and SKE learn. Stage 2 aligns the
@@ -90,13 +90,13 @@ def patch_target(masks, patch_size):
 
 
 def locator_loss(model, batch, **focal):
-    """Stage 1: dice + focal between map_patch and mask_patch. focal: alpha and gamma, if not the paper's."""
+    """Stage 1 (Sec. 3.5): dice + focal between map_patch and mask_patch. focal: alpha and gamma, if not the paper's."""
     output = model(batch["images"], batch["tokens"], batch["image_index"])
     return kernels.dice_focal(output["patch_logits"], patch_target(batch["masks"], model.patch_size), **focal)
 
 
 def refiner_loss(model, batch, **focal):
-    """Stage 2: dice + focal between both score maps of map_pixel and mask_pixel: background is what the mask is not."""
+    """Stage 2 (Sec. 3.5): dice + focal between map_pixel's two maps and mask_pixel; background is what it is not."""
     output = model(batch["images"], batch["tokens"], batch["image_index"])
     foreground = batch["masks"].bool()
     return kernels.dice_focal(output["mask_logits"], torch.stack([~foreground, foreground], dim=1), **focal)
@@ -106,9 +106,9 @@ def contrastive_loss(clip, batch):
     """Stage 0: CLIP's contrastive loss between I scenes and C captions, where several may be true of each other.
 
     A scene is as similar to a caption as those of its patches that fit it best (in the manner of FILIP): with the class
-    token alone, a map that locates anything takes more than the hour that there is. The softmax over patches is a soft
-    one, so that all patches of an object have to know it and not the best one alone. Then cross-entropy against the
-    true pairs, over a caption's scenes and over a scene's captions (as UniCL does).
+    token alone, a map that locates anything takes more than an hour. The softmax over patches is a soft one, so that
+    all patches of an object have to know it and not the best one alone. Then cross-entropy against the true pairs, over
+    a caption's scenes and over a scene's captions (as UniCL does).
     """
     tokens, truth, corners = batch["tokens"], batch["truth"].float(), batch["corners"]  # (C, T), (I, C), (I, 2)
     visual, no_adapters, T = clip.visual, (torch.nn.Identity(), torch.nn.Identity()), tokens.size(1)
@@ -176,7 +176,7 @@ def captioned_batches(tokenizer, settings, args, start):
 # ---- The loop -------------------------------------------------------------------------------------------------------
 
 def fit(stage, net, loss_of, batches, steps, settings, args, save):
-    """Trains what requires a gradient in `net`; resumes where the newest checkpoint of the stage in --out stopped.
+    """Trains what requires a gradient in `net` (A.1); resumes where the stage's newest checkpoint in --out stopped.
 
     `batches(start)` yields batches from that step on; `save(directory)` writes the weights. -> whether no more than 1 %
     of the samples had to be skipped.
@@ -186,7 +186,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
     needs CUDA, and that no part is empty); its running statistics become the processes' mean.
     """
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW([
+    optimizer = torch.optim.AdamW([  # Table A1; its betas are torch's own
         {"params": [p for name, p in trained.items() if decays(name, p)], "weight_decay": 5e-3},
         {"params": [p for name, p in trained.items() if not decays(name, p)], "weight_decay": 0.0}],
         lr=settings["lr"], fused=True)
@@ -269,7 +269,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
 
 
 def decays(name, p):
-    """Weight decay is for matrices and filters: not for biases, norms, scalers and temperatures."""
+    """Table A1's weight decay is for matrices and filters: not for biases, norms, scalers and temperatures."""
     return p.ndim > 1 and not name.endswith(("temperature", "scales"))
 
 
@@ -358,7 +358,7 @@ def load_training_state(checkpoint, optimizer, net, run):
 def pretrain(args, settings):
     """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors.
 
-    With --clip PATH it starts from those weights, with the last lesson.
+    With --clip PATH it starts from those weights.
     """
     torch.manual_seed(args.seed)
     clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
@@ -462,11 +462,11 @@ def run_stage(args, stage, dataset, prepare=None, loss_of=None):
 
 
 def stage_settings(args, stage):
-    """SETTINGS of the backbone and stage, with the flags that were given in their place."""
+    """SETTINGS of the backbone and stage (Table A1), with the flags that were given in their place."""
     settings = dict(SETTINGS[args.backbone, stage])
     if args.dataset == "combined":
         settings |= {"batch_size": {"B": 96, "L": 56}.get(args.backbone, settings["batch_size"])}  # Sec. A.1
-    if args.epochs:
+    if args.epochs and (stage == 1 or args.stage == "2"):
         settings |= {"epochs": args.epochs, "steps": None}
     given = {k: getattr(args, k) for k in ("steps", "batch_size", "per_image", "lr")}
     return settings | {k: v for k, v in given.items() if v is not None} | {"precision": args.precision}
@@ -537,7 +537,7 @@ def parse_args(argv=None):
                         help="shapes (default), refcoco, refcoco+, refcocog, combined (Table 2) or your own .json")
     parser.add_argument("--data-root", default="data", help="where the data sets lie (default: data)")
     parser.add_argument("--out", type=Path, help="checkpoints, logs and pictures (default: runs/BACKBONE)")
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="of stage 1; of stage 2 with --stage 2 alone (default there: 1)")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     parser.add_argument("--batch-size", type=int, help="sentences an optimizer step")
     parser.add_argument("--per-image", type=int, help="up to so many sentences of an image share its lower layers, "

@@ -290,6 +290,7 @@ def test_recomputing_keeps_less_and_changes_no_bit_of_a_gradient(tiny):
     from bench import kept_bytes
     tiny.requires_grad_(True).clip.requires_grad_(False)
     images, tokens, found = torch.randn(2, 3, 96, 96), tiny.tokenize(SENTENCES[:2]), []
+    assert on_meta("B").recompute and not tiny.recompute
     for tiny.recompute in (False, True):
         kept = kept_bytes(tiny, lambda: tiny(images, tokens)["patch_logits"].sum())
         tiny.zero_grad()

@@ -173,6 +173,9 @@ def test_the_papers_settings_are_the_defaults():
             settings = train.stage_settings(parse_args(["--backbone", backbone]), stage)
             assert (settings["epochs"], settings["lr"], settings["batch_size"]) == (epochs, 5e-5, 32)
             assert settings["precision"] == "bf16" and settings["augment"]
+    given = [parse_args(["--backbone", "B", "--epochs", "3", *stage]) for stage in ([], ["--stage", "2"])]
+    assert [train.stage_settings(given[0], stage)["epochs"] for stage in (1, 2)] == [3, 1]
+    assert train.stage_settings(given[1], 2)["epochs"] == 3
     union = [train.stage_settings(parse_args(["--backbone", b, "--dataset", "combined"]), 1) for b in "BL"]
     assert [s["batch_size"] for s in union] == [96, 56]
     args = parse_args(["--backbone", "B"])
