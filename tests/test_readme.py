@@ -121,7 +121,10 @@ def test_the_commands_of_tables_1_and_2_train_and_evaluate(thin_clips, tmp_path,
     for args in cells:
         assert len(data.RefCOCO(args.data_root, args.dataset, args.split)) > 0
         assert Path(args.checkpoint).is_dir()
-        if args.checkpoint not in done:
+        if args.figures:  # Figure A4's, of two models
+            evaluate.main(args)
+            assert (Path(args.figures) / "compared.png").exists()
+        elif args.checkpoint not in done:
             evaluate.main(args)
             assert json.loads(Path(args.json).read_text())["sentences"] > 0
             done.add(args.checkpoint)
