@@ -421,7 +421,8 @@ def build(args, precision, image_size):
     config = replace(risclip.CONFIGS[args.backbone], clip="random", precision=precision)
     config = config if image_size is None else replace(config, image_size=image_size)
     model = risclip.RISCLIP(config).to(args.device)
-    model.recompute = model.recompute if args.recompute is None else args.recompute
+    if args.recompute is not None:
+        model.recompute = args.recompute
     return model
 
 

@@ -488,8 +488,9 @@ class RISCLIP(nn.Module):
 
         t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
         v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
+        recompute = self.recompute and torch.is_grad_enabled()
         for ske in self.ske:
-            t, v = checkpoint(ske, t, v, words, use_reentrant=False) if self.recompute else ske(t, v, words)
+            t, v = checkpoint(ske, t, v, words, use_reentrant=False) if recompute else ske(t, v, words)
 
         # t_eos and V_patch
         sentence = F.normalize(t[torch.arange(B, device=t.device), eos].float(), dim=-1)

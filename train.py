@@ -432,7 +432,8 @@ def build_model(args, stage):
             if getattr(model.config, name) != value:
                 raise DataError(f"--{name.replace('_', '-')}: {source} was trained with {getattr(model.config, name)}, "
                                 f"not {value}")
-    model.recompute = model.recompute if args.recompute is None else args.recompute
+    if args.recompute is not None:
+        model.recompute = args.recompute
     if stage == 1:
         model.requires_grad_(True).clip.requires_grad_(model.config.fine_tuned)
     elif model.decoder is None:

@@ -6,7 +6,7 @@ With p = sigmoid(logit), t the target in [0, 1], and sums over the n pixels of o
     focal = 1/n sum(alpha_t u^gamma bce),   u = 1 - p_t = p (1 - t) + (1 - p) t                 Lin et al. (2017)
             alpha_t = alpha t + (1 - alpha) (1 - t),   bce = -t log p - (1 - t) log(1 - p)
 
-Milletari et al. (2016), whom the paper cites, square p and t in dice's denominator; most code since does not.
+Milletari et al. (2016), whom the paper cites, square p and t in dice's denominator; DETR's code does not.
 The result is the mean over samples, always in float32 (float64 for float64 logits), also under autocast.
 
 Why fuse. All that the loss takes from the pixels are four sums for each sample: of p t, p, t and the focal terms. Eager
