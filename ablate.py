@@ -156,9 +156,10 @@ def train_cell(run, change, learn):
 
     def both_losses(model, batch):
         return sum(loss(model, batch) for loss in losses)
-    if change.get("end_to_end"):  # a stage 2 that nothing came before, as long as stage 1
+    if change.get("end_to_end"):  # a stage 2 that nothing came before, with as many sentences as stage 1
         first = train.stage_settings(run, 1)
-        single = argparse.Namespace(**vars(run) | {"stage": "2"} | {k: first[k] for k in ("steps", "epochs", "lr")})
+        kept = {k: first[k] for k in ("steps", "epochs", "lr", "batch_size")}
+        single = argparse.Namespace(**vars(run) | {"stage": "2"} | kept)
         return train.run_stage(single, 2, learn, all_learn, both_losses)[0]
     train.run_stage(run, 1, learn, prepare, losses[0])
     return train.run_stage(run, 2, learn, None, losses[1])[0]

@@ -88,6 +88,12 @@ def test_an_erratum_changes_what_it_says(world, out):
         assert len(alone) == 2 and all(x != y for x, y in zip(alone, losses[0])) == (alone is not losses[0])
 
 
+def test_end_to_end_sees_as_many_sentences_as_stage_1(monkeypatch):
+    run = ablate.parse_args(["--table", "errata"]).run
+    monkeypatch.setattr(train, "run_stage", lambda run, stage, *_: [train.stage_settings(run, stage)])
+    assert ablate.train_cell(run, {"end_to_end": True}, None) == train.stage_settings(run, 1)
+
+
 @pytest.mark.parametrize("name", fusions.FUSIONS)
 def test_a_new_fusion_changes_nothing_and_padding_never_does(tiny, name):
     """Before training the map is frozen CLIP's; after it, a sentence's map does not depend on what it is batched with.
