@@ -401,10 +401,7 @@ def medians(functions, runs):
 
 
 def check_flags(args):
-    """-> the precisions to measure. Raises DataError for a size, number or device that cannot be."""
-    for flag in ("runs", "sentences"):
-        if getattr(args, flag, 1) < 1:
-            raise DataError(f"--{flag} {getattr(args, flag)}: give 1 or more")
+    """-> the precisions to measure. Raises DataError for a device that cannot be."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -675,6 +672,11 @@ def parse_args(argv=None):
 
 
 def main(args):
+    for flag, number in vars(args).items():
+        if type(number) is int and number < (least := flag != "workers"):
+            raise DataError(f"--{flag.replace('_', '-')} {number}: give {least:d} or more")
+    if args.json:
+        check_writable(args.json)
     result = args.run(args)
     if args.json:
         data.write_text(args.json, json.dumps(result, indent=1, default=str))

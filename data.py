@@ -57,7 +57,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others, EPS sa
 MAX_PIXELS = 64_000_000  # of an image: more would take above 2 GiB and 10 s
 MAX_POLYGONS = 10_000  # of one mask: the time goes with their square
 MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# An OSError that tells of the machine and not of the code: a full disk, a file or folder that may not be used.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK)
 MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is a fraction of COCO's 330 MB
 MAX_JSON_MEMORY = 1280 * 2**20  # of what a JSON text becomes, see json_memory; torch takes 700 MB as well
 JSON_COSTS = {b"[": 128, b"{": 176, b":": 96, b'"': 32, b",": 42}  # bytes: list, dict, its entry, half a string, number
@@ -73,15 +74,15 @@ class DataError(ValueError):
 
 
 def run(main, args):
-    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError, or a disk that is full, printed as
-    one line on stderr."""
+    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError, or a disk that is full
+    or may not be written or read, printed as one line on stderr."""
     try:
         return main(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (DataError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+        if isinstance(error, OSError) and error.errno not in OF_THE_DISK:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -359,7 +360,9 @@ def decode_mask(segmentation, width, height):
             raise ValueError(f"{len(polygons) or 'no'} polygons: give 1 to {MAX_POLYGONS}")
         outline = 0
         for p in polygons:
-            if p.ndim != 1 or len(p) % 2 or len(p) < 6:
+            if p.ndim != 1:
+                raise ValueError("a polygon that is no list of numbers: give [[x, y, x, y, ...], ...]")
+            if len(p) % 2 or len(p) < 6:
                 raise ValueError("a polygon of fewer than 3 points")  # pycocotools takes 2 points for a box
             x, y = p[0::2], p[1::2]
             if not ((x >= -width) & (x <= 2 * width) & (y >= -height) & (y <= 2 * height)).all():
@@ -488,7 +491,7 @@ class RefCOCO:
         if not any(os.path.isdir(f) for f in folders):
             missing.append(" or ".join(map(str, folders)))
         if missing:
-            raise DataError(f"--data-root {self.root}: {name} is not complete there, tried {', '.join(missing)}")
+            raise DataError(f"data root {self.root}: {name} is not complete there, tried {', '.join(missing)}")
         return refs, instances, folders
 
     def _add_refs(self, name, refs, report):
@@ -558,7 +561,7 @@ class RefCOCO:
         if None in splits and len(splits) > 1:
             raise DataError(f"{path}: some entries have a split and some have none: give all one, or none")
         if None not in splits and self.split not in (*splits, "all"):
-            raise DataError(f"{path} has no split {self.split!r}: give {', '.join(sorted(splits))}")
+            raise DataError(f"{path} has no split {self.split!r}: give {', '.join(sorted(splits)) or 'it entries'}")
         sent_id, folders = 0, [path.parent, self.root]
         for n, entry in enumerate(entries):
             where, split = f"{path}: entry {n}", entry.get("split")
@@ -793,6 +796,8 @@ def check(root, dataset, quick=False):
                 first = data.images[min(both)].id
                 problems.append(f"images both in {other} and in {split}: {len(both)}, the first is {first}")
         seen[split] = images
+    if not data.sentences:
+        problems.append("no sentences")
     problems += doubts(data)
     for i in tqdm(range(len(data.images)), "images", disable=None):
         try:
@@ -829,8 +834,8 @@ def parse_args(argv=None):
 
 def make_shapes(root, images, seed):
     """shapes.write_shapes. Raises DataError if root cannot be written, or load_refs would refuse what is."""
-    if images > MAX_SHAPES:
-        raise DataError(f"--images {images}: give at most {MAX_SHAPES}")
+    if not 1 <= images <= MAX_SHAPES:
+        raise DataError(f"--images {images}: give 1 to {MAX_SHAPES}")
     try:
         shapes.write_shapes(root, images, seed)
     except OSError as error:

@@ -289,6 +289,8 @@ def check_writable(path, picture=False):
     """Raises DataError unless a file can be made at `path` (its folder is), for a picture in a format with that ending.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give a file")
     if picture and Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise DataError(f"{path}: no picture format has the ending {path.suffix!r}; give .png or .jpg")
     try:
@@ -426,12 +428,13 @@ def parse_args(argv=None):
                         "highest and lowest IoU in 100 images), evolution.png (Figure 1, from this one model with its "
                         "modules switched off; ablate.py --table 3 draws it from models trained with and without them)")
     parser.add_argument("--against", metavar="CHECKPOINT", help="with --figures: compared.png (Figure A4), where this "
-                        "other checkpoint gains most IoU; its masks are the right ones")
+                        "other checkpoint gains most IoU; its masks are the ones on the right")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: give 1 or more")
+    for flag, least in (("limit", 1), ("workers", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)}: give {least} or more")
     if args.against and not args.figures:
         parser.error("--against draws a figure: say where with --figures DIR")
     return args

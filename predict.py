@@ -134,7 +134,7 @@ def parse_args(argv=None):
     parser.add_argument("--mask", help="also write the mask itself, white on black; -1, -2 ... for several sentences")
     parser.add_argument("--jsonl", metavar="IN", help="a file of images and sentences; give --out")
     parser.add_argument("--outside", action="store_true", help="let --jsonl name images outside its own folder")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags before the image as well
     if args.jsonl and (args.image or args.mask or not args.out):
         parser.error("--jsonl takes --out, no image, sentence or --mask")
     if not args.jsonl and not args.sentences:
@@ -151,8 +151,8 @@ def main(args):
     image = data.open_image(args.image)
     for path in filter(None, (args.out, args.mask)):
         check_writable(path, picture=True)
-    if args.mask and Path(args.mask).resolve() == Path(args.out).resolve():
-        raise data.DataError(f"--mask {args.mask} is --out as well: give two places")
+    if len({Path(path).resolve() for path in (args.image, args.out, args.mask) if path}) < 2 + bool(args.mask):
+        raise data.DataError("the image, --out and --mask are not different files: give each its own")
     model = load(args)
     masks = model.segment_all(image, args.sentences)  # (K, H, W)
     panels = [panel([overlay(image, mask, PINK)], text, height=min(480, image.height))

@@ -44,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.model import CLIP, resize_pos_embed
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -488,9 +488,9 @@ class RISCLIP(nn.Module):
 
         t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
         v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
-        recompute = self.recompute and torch.is_grad_enabled()
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.ske.parameters())
         for ske in self.ske:
-            t, v = checkpoint(ske, t, v, words, use_reentrant=False) if recompute else ske(t, v, words)
+            t, v = checkpoint(ske, t, v, words, use_reentrant=False) if learns and self.recompute else ske(t, v, words)
 
         # t_eos and V_patch
         sentence = F.normalize(t[torch.arange(B, device=t.device), eos].float(), dim=-1)
@@ -535,7 +535,7 @@ class RISCLIP(nn.Module):
         state = {k: v.contiguous() for k, v in self.state_dict().items() if is_stored(k, self.config)}
         if self.config.backbone == "tiny" and not self.config.fine_tuned:
             state |= {f"clip.{k}": v for k, v in clip_state(self.clip).items()}
-        save_file(state, directory / "model.safetensors")
+        (directory / "model.safetensors").write_bytes(save(state))  # save_file's cannot be read by other users
         config = dict(asdict(self.config), clip_fingerprint=fingerprint(self.clip))
         (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -654,6 +654,7 @@ def read_config(path):
 def read_safetensors(path):
     """-> dict of tensors; DataError for a missing or broken file. Nothing in such a file can run."""
     try:
+        open(path, "rb").close()  # load_file calls a file that may not be read missing
         return load_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

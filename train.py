@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -91,8 +91,9 @@ def patch_target(masks, patch_size):
 
 def locator_loss(model, batch, **focal):
     """Stage 1 (Sec. 3.5): dice + focal between map_patch and mask_patch. focal: alpha and gamma, if not the paper's."""
-    output = model(batch["images"], batch["tokens"], batch["image_index"])
-    return kernels.dice_focal(output["patch_logits"], patch_target(batch["masks"], model.patch_size), **focal)
+    logits = model(batch["images"], batch["tokens"], batch["image_index"])["patch_logits"]  # (B, S / p, S / p)
+    patch_size = batch["masks"].size(-1) // logits.size(-1)
+    return kernels.dice_focal(logits, patch_target(batch["masks"], patch_size), **focal)
 
 
 def refiner_loss(model, batch, **focal):
@@ -115,7 +116,7 @@ def contrastive_loss(clip, batch):
     clip.seen[tokens] = True
 
     v = visual.conv1(batch["images"])  # (I, D, h, w), perhaps the window of a scene that has its corner at top, left
-    rows, columns = (corners[:, i, None] + torch.arange(v.size(2 + i)) for i in range(2))
+    rows, columns = (corners[:, i, None] + torch.arange(v.size(2 + i), device=v.device) for i in range(2))
     places = (rows[:, :, None] * visual.grid_size[1] + columns[:, None]).flatten(1)
     v = v.flatten(2).transpose(1, 2) + F.embedding(places, visual.positional_embedding[1:])
     class_token = visual.class_embedding + visual.positional_embedding[0]
@@ -258,6 +259,8 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
         if parallel.MAIN:
             print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + stopped)
+    if step and not seen:
+        raise DataError(f"none of {args.dataset}'s samples could be read: see `python data.py check`")
     if parallel.MAIN:
         draw_curve(args.out)
     if skipped and parallel.MAIN:
@@ -361,7 +364,7 @@ def pretrain(args, settings):
     With --clip PATH it starts from those weights.
     """
     torch.manual_seed(args.seed)
-    clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10)).to(args.device)
+    clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10))
     clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
     # 50 random words in 128 dimensions are all but orthogonal: they stay as they are. But they have to be as large as
     # what a layer adds to them, or the first CFE, before the first text layer, would drown them in the image.
@@ -370,12 +373,13 @@ def pretrain(args, settings):
     if args.clip:
         load_clip_state(clip, read_safetensors(args.clip))
     clip.register_buffer("seen", clip.token_embedding.weight.any(dim=1) if args.clip else
-                         torch.zeros(clip.vocab_size, dtype=torch.bool, device=args.device))  # words, in use
+                         torch.zeros(clip.vocab_size, dtype=torch.bool))  # words, in use
+    clip.to(args.device)
     tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
 
     def save(directory):
         directory.mkdir()
-        save_file(clip_state(clip), directory / "clip.safetensors")
+        (directory / "clip.safetensors").write_bytes(to_bytes(clip_state(clip)))
     fit(0, clip, contrastive_loss, lambda start: captioned_batches(tokenizer, settings, args, start),
         settings["steps"], settings, args, save)
     print(f"wrote {find_checkpoint(args.out, 0) / 'clip.safetensors'}; train on it with --clip")
@@ -501,7 +505,7 @@ def open_log(out, stage, step):
     if not parallel.MAIN:
         return open(os.devnull, "a")
     path, kept = out / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
             if entry["stage"] != stage or entry["step"] <= step:
@@ -539,19 +543,21 @@ def parse_args(argv=None):
     parser.add_argument("--data-root", default="data", help="where the data sets lie (default: data)")
     parser.add_argument("--out", type=Path, help="checkpoints, logs and pictures (default: runs/BACKBONE)")
     parser.add_argument("--epochs", type=int, help="of stage 1; of stage 2 with --stage 2 alone (default there: 1)")
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    parser.add_argument("--batch-size", type=int, help="sentences an optimizer step")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each stage, instead of --epochs")
+    parser.add_argument("--batch-size", type=int, help="sentences an optimizer step, of each stage (default with "
+                        "combined: 96 with B, 56 with L)")
     parser.add_argument("--per-image", type=int, help="up to so many sentences of an image share its lower layers, "
                         "decode and augmentation")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split a batch in N passes")
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="stage 1: compute SKE's insides "
                         "again in backward, to the same result, rather than keep them (default with B and L)")
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, help="of each stage")
     parser.add_argument("--image-size", type=int, help="pixels, a multiple of the patch (default: the backbone's)")
     parser.add_argument("--modules", help="those of stage 1 (default: adapter,cfe,ske); 'none' leaves frozen CLIP")
     parser.add_argument("--clip", help="CLIP's weights: pretrained (default), random or a file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's; the refiner's is fp32")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="the locator's; the refiner's is fp32 (default: "
+                        "bf16 with B and L, fp32 with tiny)")
     parser.add_argument("--workers", type=int, default=None, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -569,9 +575,11 @@ def parse_args(argv=None):
     if args.stage == "0" and parallel.WORLD > 1:
         parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
     for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("per_image", 1), ("accumulate", 1),
-                        ("workers", 0)):
+                        ("workers", 0), ("seed", 0)):
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    if args.seed >= 2**63:
+        parser.error(f"--seed {args.seed}: give one below 2^63")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: give a number above 0")
     args.precision = args.precision or CONFIGS[args.backbone].precision
@@ -623,6 +631,8 @@ def run_stages(args, stages):
     splits = ["train", "val", "test" if args.dataset == "shapes" else "val"]
     splits = splits[:1] if args.dataset == "combined" else splits  # the union of Table 2 has no val split
     train, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split) for split in splits)
+    for i in range(len(evaluated[-1].images) if evaluated else 0):
+        evaluated[-1].path(i)  # raises now what would end the evaluation, after all the training
     for line in data.doubts(train):
         print(f"warning: {args.dataset} {train.split}: {data.one_line(line)}", file=sys.stderr)
     all_sound, written = True, "checkpoints, log.jsonl, curve.png"

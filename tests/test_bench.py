@@ -315,7 +315,9 @@ def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, reason", [
     ("model --runs 0", "--runs 0: give 1 or more"), ("model --sentences 0", "--sentences 0: give 1 or more"),
-    ("model --image-size 50", "multiple of the patch size 8"), ("cost --device nowhere", "--device nowhere"),
+    ("loader --batch-size 0", "--batch-size 0: give 1"), ("loader --workers -1", "--workers -1: give 0 or more"),
+    ("model --json /", "/ is a folder"), ("model --image-size 50", "multiple of the patch size 8"),
+    ("cost --device nowhere", "--device nowhere"),
     ("cost --out cost.doc", "no picture format"), ("model --precision bf16", "no instructions for it"),
 ])
 def test_what_cannot_be_measured_is_refused_in_a_line(command, reason, monkeypatch, capsys):

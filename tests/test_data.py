@@ -1,5 +1,6 @@
 """The readers, their traps, and batches. Small real files in tmp_path; photographs where there are some."""
 
+import errno
 import gc
 import io
 import json
@@ -256,8 +257,9 @@ def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatc
 
 
 def test_no_world_is_written_that_would_not_be_read(tmp_path, capsys):
-    args = data.parse_args(["shapes", "--root", str(tmp_path), "--images", str(data.MAX_SHAPES + 1)])
-    assert data.run(data.main, args) == 2 and "give at most 20000" in capsys.readouterr().err
+    for images in (-5, 0, data.MAX_SHAPES + 1):
+        args = data.parse_args(["shapes", "--root", str(tmp_path), "--images", str(images)])
+        assert data.run(data.main, args) == 2 and "give 1 to 20000" in capsys.readouterr().err
     data.shapes.write_shapes(tmp_path, 40, seed=0, limits=0)
     path = tmp_path / "shapes" / "refs(shapes).p"
     steps = sum(1 for _ in pickletools.genops(path.read_bytes())) / 40
@@ -1024,6 +1026,19 @@ def test_check_reads_own_json(tmp_path, capsys):
     assert code == 0 and "complete" in printed.out
     code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, A, B | {"image": "a.png"}))
     assert code == 1 and "mask.png is 11x13" in printed.out
+    for entries in ([], [A | {"sentences": []}]):
+        code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, *entries))
+        assert code == 1 and "no sentences" in printed.out
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "locked/config.json"),
+                                   OSError(errno.ENOSPC, "No space left on device", "locked/config.json")])
+def test_a_file_that_may_not_be_used_is_one_line(error, capsys):
+    def main(args):
+        raise error
+    assert data.run(main, None) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "locked/config.json" in printed
 
 
 def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):

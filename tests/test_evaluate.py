@@ -220,6 +220,13 @@ def test_the_maps_threshold_is_the_best_of_those_tried(world, tiny):
     assert all(tried[best]["mIoU"] >= result["mIoU"] for result in tried.values())
 
 
+@pytest.mark.parametrize("flag, value", [("--limit", "0"), ("--workers", "-1")])
+def test_numbers_that_mean_nothing_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(["run", flag, value])
+    assert stop.value.code == 2 and f"{flag} {value}: give" in capsys.readouterr().err
+
+
 def test_unknown_split_and_checkpoint_are_one_line_and_exit_code_2(world, checkpoint, capsys):
     import data
     args = evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "testA"])

@@ -141,6 +141,16 @@ def test_flags_that_do_not_go_together_are_refused(flags):
     assert stop.value.code == 2
 
 
+def test_flags_may_come_before_the_image_and_every_file_is_another(checkpoint, folder, capsys):
+    image, out = folder / "a.png", folder / "overlay.png"
+    args = [str(checkpoint), "--out", str(out), str(image), "the red circle"]
+    assert data.run(predict.main, predict.parse_args(args)) == 0 and out.exists()
+    before = image.read_bytes()
+    for flags in (["--out", str(image)], ["--mask", str(image)], ["--mask", str(out)]):
+        assert data.run(predict.main, predict.parse_args([*args, *flags])) == 2
+        assert "each its own" in capsys.readouterr().err and image.read_bytes() == before
+
+
 def test_two_processes_share_the_images(checkpoint, folder):
     _, alone = predicted(checkpoint, folder)
     (folder / "out.jsonl").rename(folder / "alone.jsonl")

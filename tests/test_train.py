@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import evaluate
 import parallel
 import train
 from data import RefCOCO
-from risclip import RISCLIP, find_checkpoint
+from risclip import RISCLIP, TINY_CLIP, find_checkpoint
 from train import main, parse_args, patch_target
 
 REPOSITORY = Path(train.__file__).parent
@@ -213,6 +215,16 @@ def test_stage_0_trains_a_clip_that_stage_1_takes(world, tmp_path, monkeypatch):
     assert RISCLIP.from_pretrained(tmp_path / "run").config.clip == str(file)
 
 
+def test_the_loss_of_stage_0_keeps_to_the_device_of_its_batch():
+    """Of a GPU, as far as one that has no memory can tell: a tensor made on the CPU would not go with the others."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            clip = CLIP(**TINY_CLIP)
+            clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool))
+            whole, images = torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3, 96, 96)
+        train.contrastive_loss(clip, {"images": images, "tokens": whole, "truth": whole, "corners": whole})
+
+
 def test_the_shipped_clip_is_small():
     assert (REPOSITORY / "assets" / "tiny_clip.safetensors").stat().st_size < 4 * 2**20
 
@@ -315,6 +327,33 @@ def test_mistakes_are_one_line_that_names_the_mend(world, run, tmp_path, capsys)
     assert not list((tmp_path / "o").glob("stage*"))
 
 
+def test_images_that_cannot_be_read_are_one_line(world, tmp_path, capsys):
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    dataset = RefCOCO(root, "shapes", "test")
+    dataset.path(3).unlink()  # before training, and not after it
+    refused(capsys, arguments(root, tmp_path / "o", "--steps", 1), f"image {dataset.images[3].id} is missing")
+    assert not find_checkpoint(tmp_path / "o")
+    (tmp_path / "a.png").write_text("no picture")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps([{"image": "a.png", "polygons": [[0, 0, 9, 0, 9, 9]], "sentences": ["a cup"]}]))
+    args = arguments(world, tmp_path / "o", "--dataset", own, "--steps", 1)
+    assert data.run(main, args) == 2 and "none of" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(run):
+    weights, config = ((run / "stage1-000003" / name).stat().st_mode for name in ("model.safetensors", "config.json"))
+    assert weights == config
+
+
+def test_a_log_with_broken_bytes_does_not_stop_a_run(world, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "ab") as log:
+        log.write(b"\xff\xfe\n")
+    main(arguments(world, tmp_path / "run", "--steps", 3, "--resume"))
+    assert b"\xff" not in (tmp_path / "run" / "log.jsonl").read_bytes()
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(world, run, tmp_path, capsys):
     args = arguments(world, run, "--backbone", "B", "--stage", 2, "--resume")
     refused(capsys, args, "backbone tiny", "--backbone B")
@@ -323,6 +362,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(world, run, tmp_path, capsy
 @pytest.mark.parametrize("flags", [["--modules", "ske,magic"], ["--stage", "0", "--backbone", "B"], ["--steps", "0"],
                                    ["--batch-size", "-3"], ["--stage", "3"], ["--lr", "-1"], ["--workers", "-1"],
                                    ["--stage", "0", "--epochs", "1"], ["--stage", "0", "--accumulate", "2"],
+                                   ["--seed", "-1"], ["--seed", str(2**64)],
                                    ["--recompute", "--stage", "0"], ["--no-recompute", "--stage", "2"]])
 def test_flags_that_mean_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
