@@ -8,10 +8,10 @@
 A cell is one model: both stages of train.py with one change and one seed, then evaluate.py on the test split, kept in
 OUT/CELL-SEED with cell.json when it is done. Started again, a killed ablation goes on where it was; tables share cells.
 --modules, --stage and --seed are what a table varies; every other flag of train.py is taken as it is. With seeds, the
-table has mean +- sample standard deviation: a difference smaller than that says nothing.
+table has mean +- sample standard deviation: a difference smaller than twice that says nothing.
 
 The miniature has half of B's image layers, so Table 5 has half of the paper's counts there, beside the paper's own
-rows. Its text tower has 3 layers: above N = 3 all of them have Adapters, and Table 5a varies those of the image alone.
+rows. Its text tower has 3 layers: from N = 3 on all of them have Adapters, and Table 5a varies those of the image.
 Its whole model (*) has 2 SKE, a third of B's 6 and not half: in Table 5c it stands beside the paper's N = 4.
 """
 
