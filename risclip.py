@@ -92,7 +92,7 @@ CONFIGS = {
                 cfe_heads=12),
 }
 
-# The miniature's CLIP, open_clip's own class at a size that two CPU cores train in two hours (train.py --stage 0).
+# The miniature's CLIP, open_clip's own class at a size that a CPU core trains in two hours (train.py --stage 0).
 TINY_CLIP = dict(
     embed_dim=128,
     vision_cfg=dict(image_size=96, patch_size=8, width=128, layers=6, head_width=32),

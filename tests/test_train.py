@@ -341,6 +341,12 @@ def test_images_that_cannot_be_read_are_one_line(world, tmp_path, capsys):
     assert data.run(main, args) == 2 and "none of" in capsys.readouterr().err
 
 
+def test_the_split_that_is_measured_chooses_no_threshold(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "best_map_readout", None)  # val is all that there is
+    main(arguments(photos, tmp_path, "--dataset", "refcoco", "--steps", 1, "--stage", 1))
+    assert json.loads((tmp_path / "metrics.json").read_text())["trained map, upsampled"]["threshold"] == 0.5
+
+
 def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(run):
     weights, config = ((run / "stage1-000003" / name).stat().st_mode for name in ("model.safetensors", "config.json"))
     assert weights == config
