@@ -73,9 +73,10 @@ def test_bench_says_in_a_line_why_it_cannot(environment, code, reason):
 
 
 def test_a_place_that_cannot_be_written_is_said_in_a_line(tmp_path, capsys):
-    args = bench.parse_args(["kernels", "--json", str(tmp_path / "no" / "folder.json")])
-    args.run = lambda args: {}
-    assert data.run(bench.main, args) == 2
+    (tmp_path / "file").touch()
+    args, measured = bench.parse_args(["kernels", "--json", str(tmp_path / "file" / "x.json")]), []
+    args.run = measured.append
+    assert data.run(bench.main, args) == 2 and not measured
     assert "cannot be written" in capsys.readouterr().err
 
 
