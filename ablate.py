@@ -219,9 +219,8 @@ def parse_args(argv=None):
     args.run = train.parse_args(["--backbone", args.backbone, "--resume", *rest])
     if (args.run.stage, args.run.modules, args.run.seed) != ("all", None, 0):
         parser.error("--stage, --modules and --seed are what a table varies: leave them out")
-    for flag in ("seeds", "limit"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: give 1 or more")
+    if wrong := data.too_small(args, seeds=1, limit=1):
+        parser.error(wrong)
     if args.backbone == "B":  # Sec. 4.4
         args.run.image_size = args.run.image_size or 240
         args.run.epochs = args.run.epochs or 50

@@ -672,9 +672,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    for flag, number in vars(args).items():
-        if type(number) is int and number < (least := flag != "workers"):
-            raise DataError(f"--{flag.replace('_', '-')} {number}: give {least:d} or more")
+    if wrong := data.too_small(args, runs=1, sentences=1, image_size=1, per_image=1, batch_size=1, epochs=1, workers=0):
+        raise DataError(wrong)
     if args.json:
         check_writable(args.json)
     result = args.run(args)

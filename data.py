@@ -88,6 +88,14 @@ def run(main, args):
         return 2
 
 
+def too_small(args, **least):
+    """Flags and the least that each may be -> a line about the first whose number is less, or None."""
+    for flag, lowest in least.items():
+        number = getattr(args, flag, None)
+        if number is not None and number < lowest:
+            return f"--{flag.replace('_', '-')} {number}: give {lowest} or more"
+
+
 def one_line(error):
     """An exception's text as one printable line."""
     text = " ".join(str(error).split()) or type(error).__name__

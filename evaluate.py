@@ -432,9 +432,8 @@ def parse_args(argv=None):
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     args = parser.parse_args(argv)
-    for flag, least in (("limit", 1), ("workers", 0)):
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)}: give {least} or more")
+    if wrong := data.too_small(args, limit=1, workers=0):
+        parser.error(wrong)
     if args.against and not args.figures:
         parser.error("--against draws a figure: say where with --figures DIR")
     return args

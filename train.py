@@ -578,10 +578,8 @@ def parse_args(argv=None):
         parser.error(f"--recompute and --no-recompute are stage 1's: leave them out of --stage {args.stage}")
     if args.stage == "0" and parallel.WORLD > 1:
         parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
-    for flag, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("per_image", 1), ("accumulate", 1),
-                        ("workers", 0), ("seed", 0)):
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {least} or more")
+    if wrong := data.too_small(args, epochs=1, steps=1, batch_size=1, per_image=1, accumulate=1, workers=0, seed=0):
+        parser.error(wrong)
     if args.seed >= 2**63:
         parser.error(f"--seed {args.seed}: give one below 2^63")
     if args.lr is not None and not 0 < args.lr < math.inf:
