@@ -16,27 +16,24 @@ union is the mask); crowds are run lengths; the pickle could hold code (nothing 
 """
 
 import argparse
-import errno
-import io
-import json
 import os
-import pickle
-import pickletools
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from pycocotools import mask as coco
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
-import shapes
+from miniature.shapes import LIMITS, SPLITS, write_shapes
+from risclip import MEAN, preprocess
+from support.check import check
+from support.files import DataError, need, one_line, path_inside, read_json, run
+from support.image_files import MAX_PIXELS, mask_file, decode_mask, image_size, open_image
+from support.unpickle import MAX_SENTENCES, load_refs
 
 # (refs, images, sentences) of each split, as published; nothing is published of the world that we make ourselves.
 PUBLISHED = {
@@ -45,350 +42,11 @@ PUBLISHED = {
     "refcoco+": {"train": (42278, 16992, 120191), "val": (3805, 1500, 10758),
                  "testA": (1975, 750, 5726), "testB": (1798, 750, 4889)},
     "refcocog": {"train": (42226, 21899, 80512), "val": (2573, 1300, 4896), "test": (5023, 2600, 9602)},
-    "shapes": dict.fromkeys((*shapes.SPLITS, *shapes.LIMITS)),
+    "shapes": dict.fromkeys((*SPLITS, *LIMITS)),
 }
 UNION = ("refcoco", "refcoco+", "refcocog")  # "combined"
 REFS_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "shapes": "shapes"}
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of both sources of weights
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others, EPS say, would start a program
-MAX_PIXELS = 64_000_000  # of an image: more would take above 2 GiB and 10 s
-MAX_POLYGONS = 10_000  # of one mask: the time goes with their square
-MAX_OUTLINE = 1_000_000  # pixels and points of one mask's polygons; pycocotools takes 120 bytes for each
-# An OSError that tells of the machine and not of the code: a full disk, a file or folder that may not be used.
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK)
-MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is a fraction of COCO's 330 MB
-MAX_JSON_MEMORY = 1280 * 2**20  # of what a JSON text becomes, see json_memory; torch takes 700 MB as well
-JSON_COSTS = {b"[": 128, b"{": 176, b":": 96, b'"': 32, b",": 42}  # bytes: list, dict, its entry, half a string, number
-MAX_REFS_BYTES = 64 * 2**20  # the published files take 30-50 MB,
-MAX_REFS_STEPS = 10_000_000  # 6.5 million steps of an unpickler,
-MAX_SENTENCES = 1_000_000  # and 50,000 refs with 142,000 sentences
 MAX_SHAPES = 20_000  # scenes of a world: the refs of each take 400 steps
-MAX_CONFIG_BYTES = 2**20  # one takes 1 KB
-
-
-class DataError(ValueError):
-    """A user's mistake, or a file that is not what it should be: one line that names the file or flag and the mend."""
-
-
-def run(main, args):
-    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError, or a disk that is full
-    or may not be written or read, printed as one line on stderr."""
-    try:
-        return main(args) or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (DataError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in OF_THE_DISK:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-
-
-def too_small(args, **least):
-    """Flags and the least that each may be -> a line about the first whose number is less, or None."""
-    for flag, lowest in least.items():
-        number = getattr(args, flag, None)
-        if number is not None and number < lowest:
-            return f"--{flag.replace('_', '-')} {number}: give {lowest} or more"
-
-
-def one_line(error):
-    """An exception's text as one printable line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-# ---- Files ----------------------------------------------------------------------------------------------------------
-
-def sync(path):
-    """Flushes a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path, text):
-    """Writes a text file whole or not at all. Raises DataError if it cannot be written."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({error.strerror}): give another place") from error
-
-
-def check_writable(folder):
-    """Raises OSError if no file can be made in the folder."""
-    probe = Path(folder) / f".writable.{os.getpid()}"
-    probe.touch()
-    probe.unlink()
-
-
-def read_bytes(path, limit=MAX_BYTES):
-    """-> a file's bytes. Raises DataError if it is missing, cannot be read, or has more bytes than the limit."""
-    try:
-        if Path(path).stat().st_size > limit:
-            raise DataError(f"{path} has more than {limit // 2**20} MiB: is it the right file?")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def json_memory(content):
-    """-> bytes of memory that a JSON text can take while it is parsed and after, from above, by a count of its signs:
-    an empty list is 3 bytes of a file and 64 of memory."""
-    wide = 1 if content.isascii() and b"\\u" not in content else 4  # one long character makes all of its string so
-    return 2 * wide * len(content) + sum(n * content.count(sign) for sign, n in JSON_COSTS.items())  # 2: text, strings
-
-
-def parse_json(content, where, hook=None):
-    """A JSON text's bytes -> its content; `hook` sees every object of it. Raises DataError if they are no JSON, nested
-    too deeply, or could fill the memory."""
-    memory = json_memory(content)
-    if memory > MAX_JSON_MEMORY:
-        raise DataError(f"{where} could take {memory / 2**30:.1f} GiB of memory: is it the right file? Then split it")
-    try:
-        content = content.decode(json.detect_encoding(content), "surrogatepass")  # so that the bytes go before
-        return json.loads(content, object_hook=hook)
-    except DataError:
-        raise
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"{where} is not valid JSON ({one_line(error)[:100]}): is it whole?") from error
-
-
-def read_json(path, hook=None, limit=MAX_BYTES):
-    """-> a JSON file's content, as parse_json gives it. Raises DataError also if the file is missing or of more bytes
-    than the limit."""
-    return parse_json(read_bytes(path, limit), path, hook)
-
-
-def need(record, key, kind, where):
-    """record[key], which must be of the kind. Raises DataError naming the record."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or (kind is int and not -2**63 <= value < 2**63):
-        raise DataError(f"{where}: {key} is missing or no {kind.__name__}")
-    return value
-
-
-class PlainDispatch(dict):
-    """Opcode -> method. An opcode that is not listed is refused, before anything of it is done."""
-
-    def __missing__(self, code):
-        name = {ord(op.code): op.name for op in pickletools.opcodes}.get(code, f"byte {code}")
-        raise DataError(f"asks for more than plain data ({name})")
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Python's own unpickler with those opcodes alone that make dicts, lists, strings, numbers, None and bools, of
-    which it does a limited number.
-
-    GLOBAL, REDUCE, INST, BUILD, EXT, persistent ids and the rest have no entry; nor have tuples: one nested a million
-    times would, as the key of a dict, end the process. The C unpickler would need a `find_class`, and would take any
-    amount of memory for a memo index that the file makes up; this one's memo is a dict, and 50,000 refs take 2 s.
-    """
-    dispatch = PlainDispatch({ord(op.code): pickle._Unpickler.dispatch[ord(op.code)] for op in pickletools.opcodes
-                              if op.name in """PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE
-                              GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
-                              FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE
-                              LIST EMPTY_LIST APPEND APPENDS EMPTY_DICT""".split()})
-
-    def load(self):
-        """pickle's own loop, with an end: a byte of the file can make an object of 64."""
-        unframer = pickle._Unframer(self._file_read, self._file_readline)
-        self.read, self.readinto, self.readline = unframer.read, unframer.readinto, unframer.readline
-        self._unframer, self.metastack, self.stack = unframer, [], []
-        self.append = self.stack.append
-        read, dispatch = self.read, self.dispatch
-        try:
-            for _ in range(MAX_REFS_STEPS):
-                dispatch[read(1)[0]](self)
-        except pickle._Stop as stop:
-            return stop.value
-        raise DataError(f"takes more than {MAX_REFS_STEPS} steps")
-
-    def fill(self, record, items):
-        """record[key] = value, for keys and values in turn. Numbers as keys could be chosen to collide."""
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):
-                raise DataError("has a key that is no text")
-            record[key] = value
-
-    def load_dict(self):
-        items = self.pop_mark()
-        self.append({})
-        self.fill(self.stack[-1], items)
-
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.fill(self.stack[-1], [key, value])
-
-    def load_setitems(self):
-        items = self.pop_mark()
-        self.fill(self.stack[-1], items)
-
-    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
-
-
-def load_refs(path):
-    """-> the list in a refs(*).p file, written by Python 2 (byte strings are read as Latin-1) or later.
-
-    Raises DataError if the file is missing, too long, broken, no list of refs, or asks for anything but plain data;
-    nothing in it runs.
-    """
-    content = read_bytes(path, MAX_REFS_BYTES)
-    try:
-        refs = PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except DataError as error:
-        raise DataError(f"{path} {error} and was not run: get the file from another source") from error
-    except Exception as error:  # the unpickler raises nearly anything on a broken file
-        raise DataError(f"{path} is broken ({type(error).__name__}: {one_line(error)[:100]}): is it whole?") from error
-    if not isinstance(refs, list):
-        raise DataError(f"{path} holds no list of refs")
-    if len(refs) > MAX_SENTENCES:
-        raise DataError(f"{path} holds more than {MAX_SENTENCES} refs")
-    sentences = characters = 0
-    for n, ref in enumerate(refs):
-        where = f"{path}: ref number {n}"
-        for key in ("ref_id", "ann_id", "image_id"):
-            need(ref, key, int, where)
-        need(ref, "split", str, where)
-        sentences += len(need(ref, "sentences", list, where))
-        if sentences > MAX_SENTENCES or characters > MAX_REFS_BYTES:  # one list can stand in every ref
-            raise DataError(f"{path} holds more than {MAX_SENTENCES} sentences, or one very often")
-        for sentence in ref["sentences"]:
-            need(sentence, "sent_id", int, where)
-            text = sentence.get("sent") or sentence.get("raw")
-            characters += len(text) if isinstance(text, str) else 0
-    return refs
-
-
-# ---- Images and masks -----------------------------------------------------------------------------------------------
-
-def _decode(path, formats, convert):
-    """convert(PIL image) of an image file, with everything that can go wrong as a DataError naming the file."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such image")
-    try:
-        with Image.open(path, formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels: "
-                                "make it smaller")
-            return convert(image)
-    except DataError:
-        raise
-    except Exception as error:  # so do PIL's decoders
-        raise DataError(f"{path} cannot be read as an image ({one_line(error)[:200]}): is it whole?") from error
-
-
-def _rgb(image):
-    """PIL image of any mode -> RGB; what is transparent is seen on white, 16 bits are scaled to 8."""
-    if image.mode == "F":
-        raise DataError(f"{getattr(image, 'filename', 'image')}: floating-point pixels: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def open_image(path, size=None):
-    """-> PIL RGB image, turned upright as its EXIF orientation says.
-
-    size: (width, height) of the annotations' frame, where it is known. COCO's own tools ignore EXIF, so a record whose
-    size is that of the stored pixels and not of the upright ones means the stored ones, which are then returned.
-    Raises DataError if the file is missing, broken, truncated, above 64 megapixels, or of another size.
-    """
-    def convert(image):
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if size is not None and upright.size != size:
-            if image.size != size:
-                raise DataError(f"{path} is {upright.width}x{upright.height}, its record says {size[0]}x{size[1]}: "
-                                "is it the right file?")
-            upright = image
-        return _rgb(upright)
-    return _decode(path, FORMATS, convert)
-
-
-def image_size(path):
-    """-> (width, height) in pixels of what open_image returns, from the file's head."""
-    def upright(image):
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-    return _decode(path, FORMATS, upright)
-
-
-def _mask_file(path, size):
-    """A PNG file of `size` (width, height) -> bool (H, W): where a pixel (a palette's index) is not zero."""
-    def convert(image):
-        if image.size != size:
-            raise DataError(f"{path} is {image.width}x{image.height}, its image {size[0]}x{size[1]}: "
-                            "a mask has its image's size")
-        pixels = np.asarray(image.convert(image.mode[:-1]) if image.mode in ("LA", "RGBA") else image)
-        return pixels.reshape(*pixels.shape[:2], -1).any(axis=2)
-    return _decode(path, ("PNG",), convert)
-
-
-def _run_lengths(counts):
-    """COCO's compressed run lengths -> list of ints. 5 bits a character, low ones first, the last signed; from the
-    fourth on, each is the difference to the one before the last."""
-    runs, value, shift = [], 0, 0
-    for c in counts.encode() if isinstance(counts, str) else counts:
-        c -= 48
-        value |= (c & 31) << shift
-        shift += 5
-        if shift > 60:
-            raise ValueError("broken run lengths")
-        if not c & 32:
-            value -= (1 << shift) if c & 16 else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
-
-
-def decode_mask(segmentation, width, height):
-    """A COCO segmentation -> bool (H, W).
-
-    List of polygons [x, y, x, y, ...] in pixels: their union, so that an overlap counts once. Dict: run lengths down
-    the columns, compressed or not. Raises ValueError for what pycocotools would draw wrongly, or without end.
-    """
-    if isinstance(segmentation, list):
-        polygons = [np.asarray(p, np.float64) for p in segmentation]
-        if not 0 < len(polygons) <= MAX_POLYGONS:
-            raise ValueError(f"{len(polygons) or 'no'} polygons: give 1 to {MAX_POLYGONS}")
-        outline = 0
-        for p in polygons:
-            if p.ndim != 1:
-                raise ValueError("a polygon that is no list of numbers: give [[x, y, x, y, ...], ...]")
-            if len(p) % 2 or len(p) < 6:
-                raise ValueError("a polygon of fewer than 3 points")  # pycocotools takes 2 points for a box
-            x, y = p[0::2], p[1::2]
-            if not ((x >= -width) & (x <= 2 * width) & (y >= -height) & (y <= 2 * height)).all():
-                raise ValueError("a polygon with a point that is no number or far outside the image")
-            outline += len(x) + np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
-        if outline >= MAX_OUTLINE:
-            raise ValueError(f"polygons with an outline above {MAX_OUTLINE} pixels")
-        return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
-    if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), (list, str, bytes)):
-        raise ValueError("neither polygons nor run lengths")
-    if segmentation.get("size") != [height, width]:
-        raise ValueError(f"run lengths of size {str(segmentation.get('size'))[:40]} in an image of [{height}, {width}]")
-    counts = segmentation["counts"]
-    runs = counts if isinstance(counts, list) else _run_lengths(counts)
-    # Too short, and pycocotools returns memory that nobody wrote.
-    if any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
-        raise ValueError("run lengths that do not add up to the image")
-    return coco.decode(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
 
 
 # ---- Data sets ------------------------------------------------------------------------------------------------------
@@ -422,22 +80,6 @@ def clean_sentence(text, where):
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where} is empty: say what it refers to, or take it out")
     return text.strip().encode("utf-8", "replace").decode()
-
-
-def path_inside(folders, name, where):
-    """The first of the folders' files of that name that exists. Raises DataError if the name leaves a folder, be it by
-    a symbolic link. The folder itself may be one: to keep files elsewhere, link the folder."""
-    candidates = []
-    for folder in folders:
-        try:
-            path = (folder / name).resolve()
-        except (ValueError, OSError, RuntimeError) as error:  # a null byte, a loop of links
-            raise DataError(f"{where}: path {name[:200]!r}: {one_line(error)}") from error
-        if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-            raise DataError(f"{where}: path {name[:200]!r} leaves the folder {folder}: keep the files in it, or make "
-                            "the folder itself a link")
-        candidates.append(path)
-    return next((p for p in candidates if os.path.isfile(p)), candidates[0])
 
 
 def _raise(error):
@@ -623,7 +265,7 @@ class RefCOCO:
         """Index of a ref -> bool (H, W), the image's own size. Raises DataError naming the ref."""
         r = self.refs[ref]
         if isinstance(r.segmentation, Path):
-            return _mask_file(r.segmentation, self.size(r.image))
+            return mask_file(r.segmentation, self.size(r.image))
         try:
             return decode_mask(r.segmentation, *self.size(r.image))
         except DataError:
@@ -675,18 +317,6 @@ def plan_eval(dataset, batch_size):
     for i, sentence in enumerate(dataset.sentences):
         images.setdefault(sentence.image, []).append(i)
     return pack([(image, tuple(sentences), 0) for image, sentences in images.items()], batch_size)
-
-
-def normalise(pixels):
-    """uint8 (..., 3, H, W) -> float32 with CLIP's mean and deviation."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return pixels.float().div_(255).sub_(mean).div_(std)  # one block of memory, not four
-
-
-def preprocess(image, size):
-    """PIL image -> (3, S, S) float32: squashed to the square (bicubic, antialiased) and normalised."""
-    squashed = (image if image.mode == "RGB" else _rgb(image)).resize((size, size), Image.BICUBIC)
-    return normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1))
 
 
 FILL = tuple(round(255 * m) for m in MEAN)
@@ -752,77 +382,6 @@ def collate(items):
             "broken": [item["broken"] for item in broken], "lost": sum(item["lost"] for item in broken)}
 
 
-# ---- Is a data set whole? -------------------------------------------------------------------------------------------
-
-def doubts(data, looks=20):
-    """-> what is plainly wrong with a data set as a whole, one line each: split names that nothing asks for, sentences
-    with the sent_id of others, and masks that are all empty, of those `looks` that are evenly spaced."""
-    sets = UNION if data.dataset == "combined" else [data.dataset] if data.dataset in PUBLISHED else PUBLISHED
-    lines, known = [], {split for name in sets for split in PUBLISHED[name]}  # one's own are named as any published one
-    if unknown := sorted(data.split_names - known):
-        lines.append(f"refs of unknown splits: {', '.join(map(repr, unknown))}")
-    counts = Counter(s.sent_id for s in data.sentences)
-    if len(counts) < len(data):
-        first = next(i for i, count in counts.items() if count > 1)
-        lines.append(f"sentences with the sent_id of another: {len(data) - len(counts)}, the first is {first}")
-    areas = []
-    for i in range(0, len(data.refs), max(1, len(data.refs) // looks)):
-        try:
-            areas.append(data.mask(i).any())
-        except DataError:
-            pass  # named, skipped and counted where it is used
-    if areas and not any(areas):
-        lines.append(f"masks that are empty: all {len(areas)} that were looked at")
-    return lines
-
-
-def check(root, dataset, quick=False):
-    """Prints a data set's counts beside the published ones; -> list of what is wrong with it, one line each.
-
-    quick: looks whether the images are there, but opens none. Raises DataError if there is nothing to look at.
-    """
-    if dataset == "combined":
-        raise DataError(f"--dataset combined is made of {', '.join(UNION)}: check them one by one")
-    problems = []
-    data = RefCOCO(root, dataset, "all", report=lambda error: problems.append(str(error)))
-    published = PUBLISHED.get(dataset, {})
-    splits = {ref.split for ref in data.refs}
-    rows, seen = [("split", "refs", "images", "sentences", "published")], {}
-    for split in (*published, *sorted(splits - set(published), key=str)):
-        refs = {i for i, ref in enumerate(data.refs) if ref.split == split}
-        images = {data.refs[i].image for i in refs}
-        counts = (len(refs), len(images), sum(s.ref in refs for s in data.sentences))
-        expected = published.get(split)
-        rows.append((one_line(split), *map(str, counts), " / ".join(map(str, expected)) if expected else "-"))
-        if expected and counts != expected:
-            problems.append(f"{split}: {' / '.join(map(str, counts))} refs / images / sentences, published "
-                            f"{' / '.join(map(str, expected))}")
-        if not refs and not expected:
-            problems.append(f"{split}: no refs")
-        for other, others in seen.items():
-            if both := images & others:
-                first = data.images[min(both)].id
-                problems.append(f"images both in {other} and in {split}: {len(both)}, the first is {first}")
-        seen[split] = images
-    if not data.sentences:
-        problems.append("no sentences")
-    problems += doubts(data)
-    for i in tqdm(range(len(data.images)), "images", disable=None):
-        try:
-            data.path(i) if quick else data.image(i)
-        except DataError as error:
-            problems.append(str(error))
-    for i in tqdm(range(len(data.refs)), "masks", disable=None):
-        try:
-            if not data.mask(i).any():
-                problems.append(f"the mask of ref {data.refs[i].ref_id} is empty")
-        except DataError as error:
-            problems.append(str(error))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    print("\n".join("  ".join(row[c].rjust(w) for c, w in enumerate(widths)) for row in rows))
-    return problems
-
-
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -845,7 +404,7 @@ def make_shapes(root, images, seed):
     if not 1 <= images <= MAX_SHAPES:
         raise DataError(f"--images {images}: give 1 to {MAX_SHAPES}")
     try:
-        shapes.write_shapes(root, images, seed)
+        write_shapes(root, images, seed)
     except OSError as error:
         raise DataError(f"data root {root} cannot be written ({error.strerror}): give another place") from error
 

@@ -16,7 +16,6 @@ The protocols differ, and the numbers with them; the paper names none:
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import replace
@@ -25,17 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-import parallel
-from data import DataError
-from risclip import RISCLIP, find_checkpoint, score_maps
+import risclip
+from risclip import RISCLIP, score_maps
+from support import processes
+from support.checkpoint import find_checkpoint
+from support.figures import cases, evolution, extremes, samples
+from support.files import DataError, check_writable, one_line, run, too_small, write_text
+from support.pictures import save_picture
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-BLUE, PINK = (40, 90, 255), (255, 60, 160)  # ground truth and prediction, as in the paper's figures
 
 
 class RISMetrics:
@@ -121,7 +123,7 @@ class ByImage(Dataset):
         if self.protocol == "lavt":  # ground truth by nearest neighbour on the network's square
             masks = {r: np.asarray(Image.fromarray(m).resize((self.size, self.size), Image.NEAREST))
                      for r, m in masks.items()}
-        pixels = data.preprocess(letterbox(image, self.size) if self.protocol == "cris" else image, self.size)
+        pixels = risclip.preprocess(letterbox(image, self.size) if self.protocol == "cris" else image, self.size)
         return image, pixels, sentences, masks
 
 
@@ -156,14 +158,14 @@ def evaluate(model, dataset, protocol="original", workers=0, limit=None, readout
     """-> for each readout RISMetrics.compute() over all sentences, and under "kinds" by kind of expression, if any."""
     strict, start, images = protocol == "cris", time.time(), 0
     metrics = {readout: {None: RISMetrics(strict)} for readout in readouts}
-    share = (parallel.RANK, parallel.WORLD)
+    share = (processes.RANK, processes.WORLD)
     for _, sentences, targets, masks in predictions(model, dataset, protocol, workers, limit, readouts, share=share):
         images += 1
         for readout, by_kind in metrics.items():
             for sentence, mask in zip(sentences, masks[readout]):
                 for kind in {None, sentence.kind}:
                     by_kind.setdefault(kind, RISMetrics(strict)).update(mask, targets[sentence.ref])
-    (images, metrics), *others = parallel.gather((images, metrics))
+    (images, metrics), *others = processes.gather((images, metrics))
     for more, theirs in others:
         images += more
         for readout, by_kind in theirs.items():
@@ -192,7 +194,7 @@ def trained_on(source, root):
 def warn_of_images_trained_on(learned, images):
     """One line on stderr if any of the images evaluated on are among those learned from. -> how many are."""
     known = {image.file_name for image in learned}.intersection(image.file_name for image in images)
-    if known and parallel.MAIN:
+    if known and processes.MAIN:
         print(f"warning: {len(known)} of the {len(images)} images evaluated on were trained on", file=sys.stderr)
     return len(known)
 
@@ -215,76 +217,6 @@ def table(results):
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-# ---- Pictures -------------------------------------------------------------------------------------------------------
-
-def overlay(image, mask, colour, strength=0.55):
-    """PIL image with a bool mask (H, W) tinted and outlined."""
-    pixels = np.asarray(image.convert("RGB"), np.float32).copy()
-    mask = np.asarray(mask, bool)
-    pixels[mask] = (1 - strength) * pixels[mask] + strength * np.array(colour, np.float32)
-    inner = mask.copy()
-    for axis in (0, 1):
-        for shift in (1, -1):
-            inner &= np.roll(mask, shift, axis)
-    pixels[mask & ~inner] = colour
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def wrap(text, width, font):
-    """Breaks a text into lines that fit `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
-    return lines
-
-
-def panel(pictures, caption, height=240):
-    """Pictures side by side, the sentence under them."""
-    pictures = [p.resize((max(1, round(p.width * height / p.height)), height), Image.LANCZOS) for p in pictures]
-    font = ImageFont.load_default(15)
-    width = sum(p.width for p in pictures) + 4 * (len(pictures) - 1)
-    lines = wrap(caption, width - 8, font)
-    sheet = Image.new("RGB", (width, height + 10 + 19 * max(2, len(lines))), "white")
-    x = 0
-    for p in pictures:
-        sheet.paste(p, (x, 0))
-        x += p.width + 4
-    ImageDraw.Draw(sheet).text((4, height + 4), "\n".join(lines), fill="black", font=font, spacing=4)
-    return sheet
-
-
-def contact_sheet(panels, columns=3, gap=12):
-    """Panels in a grid on white."""
-    rows = [panels[i:i + columns] for i in range(0, len(panels), columns)]
-    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(min(columns, len(panels)))]
-    heights = [max(p.height for p in row) for row in rows]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(rows) + 1)), "white")
-    y = gap
-    for row, height in zip(rows, heights):
-        x = gap
-        for p, width in zip(row, widths):
-            sheet.paste(p, (x, y))
-            x += width + gap
-        y += height + gap
-    return sheet
-
-
-def axes(draw, box, title, last, top, number):
-    """Grid, numbers and title of a plot from (0, 0) to (last, top). box: left, top, width, height in the picture;
-    number: y's format. -> a function that says where in the picture (x, y) lies."""
-    font = ImageFont.load_default(13)
-    left, floor = box[0] + 60, box[1] + box[3] - 40
-    right, rise = left + box[2] - 80, box[3] - 70
-    for i in range(5):
-        y, x = floor - rise * i / 4, left + (right - left) * i / 4
-        draw.line([(left, y), (right, y)], fill=(220, 220, 220))
-        draw.text((left - 45, y - 8), format(top * i / 4, number), fill="black", font=font)
-        draw.text((x - 12, floor + 6), f"{last * i / 4:.0f}", fill="black", font=font)
-    draw.text((left, box[1] + 8), title, fill="black", font=font)
-    return lambda x, y: (left + (right - left) * x / last, floor - rise * y / top)
-
-
 def check_writable(path, picture=False):
     """Raises DataError unless a file can be made at `path` (its folder is), for a picture in a format with that ending.
     """
@@ -295,32 +227,9 @@ def check_writable(path, picture=False):
         raise DataError(f"{path}: no picture format has the ending {path.suffix!r}; give .png or .jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.check_writable(path.parent)
+        check_writable(path.parent)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): give another place") from error
-
-
-def save_picture(picture, path):
-    """Writes a picture whole or not at all. Raises DataError if it cannot be written."""
-    check_writable(path, picture=True)
-    path = Path(path)
-    aside = path.with_name(f".partial-{os.getpid()}{path.suffix}")
-    try:
-        picture.save(aside)
-        aside.replace(path)
-    except (OSError, ValueError) as error:  # ValueError: a format without such pixels
-        aside.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({error}): give another place") from error
-
-
-def samples(model, dataset, count=12):
-    """A sentence of each of evenly spaced images: ground truth in blue, prediction in pink, the sentence under them."""
-    panels, every = [], max(1, len({s.image for s in dataset.sentences}) // count)
-    for i, (image, sentences, targets, masks) in enumerate(predictions(model, dataset, limit=count, every=every)):
-        k = i % len(sentences)
-        panels.append(panel([overlay(image, targets[sentences[k].ref], BLUE), overlay(image, masks[MASK][k], PINK)],
-                            sentences[k].text))
-    return contact_sheet(panels)
 
 
 def without(model, modules):
@@ -329,57 +238,6 @@ def without(model, modules):
     state = model.state_dict()
     part.load_state_dict({k: state[k] for k in part.state_dict()})
     return part
-
-
-def heat(image, logits):
-    """PIL image, dark, with a patch map (h, w) in pink, from its lowest value to its highest."""
-    span = logits - logits.min()
-    span = Image.fromarray((span / span.max().clamp(min=1e-6)).cpu().numpy()).resize(image.size, Image.BILINEAR)
-    weight, pixels = np.asarray(span)[..., None], np.asarray(image.convert("RGB"), np.float32)
-    return Image.fromarray(((1 - weight) * 0.3 * pixels + weight * np.array(PINK)).clip(0, 255).astype(np.uint8))
-
-
-@torch.inference_mode()
-def evolution(models, dataset, count=4):
-    """Figure 1, a row for each of evenly spaced images: ground truth, the maps of {title: model}, the last one's mask.
-    """
-    panels, *_, last = [], *models.values()
-    items = ByImage(dataset, last.config.image_size, "original")
-    for i in range(0, len(items), max(1, len(items) // count))[:count]:
-        if isinstance(item := items[i], DataError):
-            raise item
-        image, pixels, (sentence, *_), masks = item
-        panels.append(panel([overlay(image, masks[sentence.ref], BLUE)], sentence.text))
-        for title, model in models.items():
-            (output,) = model.eval().outputs(pixels[None].to(model.map_threshold.device), [sentence.text])
-            panels.append(panel([heat(image, output["patch_logits"][0])], title))
-        mask = masks_from_output(output, last.config.image_size, *image.size)[0]
-        panels.append(panel([overlay(image, mask, PINK)], "its mask"))
-    return contact_sheet(panels, columns=len(models) + 2)
-
-
-def cases(models, dataset, limit=100):
-    """(image, sentence, target, [(mask, IoU) of each model]) for the first images' sentences; Figures 3, A1-A4."""
-    found = []
-    for views in zip(*(predictions(m, dataset, limit=limit) for m in models)):
-        image, sentences, targets, _ = views[0]
-        for k, sentence in enumerate(sentences):
-            target, masks = targets[sentence.ref], [masks[MASK][k] for *_, masks in views]
-            ious = [(m & target).sum() / max(1, (m | target).sum()) for m in masks]
-            found.append((image, sentence, target, list(zip(masks, ious))))
-    return found
-
-
-def extremes(found, score, models=1, count=12):
-    """Of cases, the sentence with the highest score in each image, and of those the highest: ground truth in blue,
-    then the first models' masks in pink, their IoU under them."""
-    best = {case[1].image: case for case in sorted(found, key=score)}  # the last of an image is its highest
-    panels = []
-    for image, sentence, target, predicted in sorted(best.values(), key=score)[:-count - 1:-1]:
-        predicted = predicted[:models]
-        panels.append(panel([overlay(image, target, BLUE), *(overlay(image, mask, PINK) for mask, _ in predicted)],
-                            f"{sentence.text} ({' / '.join(f'{iou:.2f}' for _, iou in predicted)})"))
-    return contact_sheet(panels)
 
 
 def figures(model, other, dataset):
@@ -412,7 +270,7 @@ def load(args):
     try:
         return model.to(args.device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {args.device}: {data.one_line(error)[:120]}") from error
+        raise DataError(f"--device {args.device}: {one_line(error)[:120]}") from error
 
 
 def parse_args(argv=None):
@@ -432,7 +290,7 @@ def parse_args(argv=None):
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     args = parser.parse_args(argv)
-    if wrong := data.too_small(args, limit=1, workers=0):
+    if wrong := too_small(args, limit=1, workers=0):
         parser.error(wrong)
     if args.against and not args.figures:
         parser.error("--against draws a figure: say where with --figures DIR")
@@ -440,23 +298,23 @@ def parse_args(argv=None):
 
 
 def main(args):
-    parallel.start(args.device)
+    processes.start(args.device)
     dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
     for path in filter(None, (args.json, args.figures and Path(args.figures) / "samples.png")):
         check_writable(path)
     model = load(args)
     other = load(argparse.Namespace(**vars(args) | {"checkpoint": args.against})) if args.against else None
-    if parallel.MAIN:
+    if processes.MAIN:
         warn_of_images_trained_on(trained_on(args.checkpoint, args.data_root), dataset.images[:args.limit])
     result = evaluate(model, dataset, args.protocol, args.workers, args.limit)[MASK]
     result |= {"dataset": args.dataset, "split": args.split}
     print(f"{args.dataset} {args.split}, protocol {args.protocol}: {result['sentences']} sentences of "
           f"{result['images']} images")
     print(table({str(args.checkpoint): result}))
-    if args.json and parallel.MAIN:
-        data.write_text(args.json, json.dumps(result, indent=1) + "\n")
+    if args.json and processes.MAIN:
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if args.figures and parallel.MAIN:
+    if args.figures and processes.MAIN:
         pictures = figures(model, other, dataset)
         for name, picture in pictures.items():
             save_picture(picture, Path(args.figures) / name)
@@ -464,4 +322,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(data.run(main, parse_args()))
+    sys.exit(run(main, parse_args()))

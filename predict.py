@@ -22,10 +22,24 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 import data
-import parallel
-from data import DataError
-from evaluate import PINK, check_writable, contact_sheet, load, model_flags, overlay, panel, save_picture
+import risclip
+from evaluate import load, model_flags
 from risclip import score_maps
+from support import processes
+from support.files import (
+    MAX_BYTES,
+    DataError,
+    check_writable,
+    need,
+    one_line,
+    parse_json,
+    path_inside,
+    read_bytes,
+    run,
+)
+from support.image_files import open_image
+from support.pictures import PINK, contact_sheet, overlay, panel, save_picture
+from support.unpickle import MAX_SENTENCES
 
 
 def numbered(path, i, count):
@@ -39,9 +53,9 @@ def numbered(path, i, count):
 def parse_line(number, line, folder, outside):
     """A line of in.jsonl -> image as written, its path, sentence. Raises DataError for a bad one."""
     where = f"line {number}"
-    record = data.parse_json(line, where)
-    name, sentence = data.need(record, "image", str, where), data.need(record, "sentence", str, where)
-    path = folder / name if outside else data.path_inside([folder], name, where)
+    record = parse_json(line, where)
+    name, sentence = need(record, "image", str, where), need(record, "sentence", str, where)
+    path = folder / name if outside else path_inside([folder], name, where)
     return name, path, data.clean_sentence(sentence, f"{where}: sentence")
 
 
@@ -52,7 +66,7 @@ def read_done(path):
     """
     if not path.exists():
         return {}
-    content = data.read_bytes(path, 32 * data.MAX_BYTES)  # masks are longer than sentences
+    content = read_bytes(path, 32 * MAX_BYTES)  # masks are longer than sentences
     whole = content.rfind(b"\n") + 1
     torn, start = content[whole:], b'{"line": '
     try:
@@ -70,7 +84,7 @@ def read_done(path):
 @torch.inference_mode()
 def segment_lines(model, image, sentences):
     """PIL image and sentences -> for each of them the mask's run lengths and its score."""
-    pixels = data.preprocess(image, model.config.image_size)[None].to(model.map_threshold.device)
+    pixels = risclip.preprocess(image, model.config.image_size)[None].to(model.map_threshold.device)
     for output in model.outputs(pixels, sentences):
         scores = score_maps(output, image.size[::-1])  # (K, 2, H, W)
         for mask, probability in zip(scores.argmax(dim=1).bool(), scores[:, 1].sigmoid()):
@@ -84,20 +98,20 @@ def predict_jsonl(args):
     source, out = Path(args.jsonl), Path(args.out)
     if source.resolve() == out.resolve():
         raise DataError(f"--out {out} is --jsonl as well: give two places")
-    content = data.read_bytes(source)
-    if content.count(b"\n") > data.MAX_SENTENCES:
-        raise DataError(f"--jsonl {source} has more than {data.MAX_SENTENCES} lines: split it")
+    content = read_bytes(source)
+    if content.count(b"\n") > MAX_SENTENCES:
+        raise DataError(f"--jsonl {source} has more than {MAX_SENTENCES} lines: split it")
     lines = {n: line for n, line in enumerate(content.split(b"\n"), 1) if line.strip()}
     del content
     check_writable(out)
-    parallel.start(args.device)
-    done = parallel.gather(read_done(out) if parallel.MAIN else None)[0]
+    processes.start(args.device)
+    done = processes.gather(read_done(out) if processes.MAIN else None)[0]
     images, bad = {}, []  # path -> (number, image as written, sentence) of each of its lines; records of bad lines
     for n, line in lines.items():
         try:
             name, path, sentence = parse_line(n, line, source.parent, args.outside)
         except DataError as error:
-            bad += [] if n in done else [{"line": n, "error": data.one_line(error)}]
+            bad += [] if n in done else [{"line": n, "error": one_line(error)}]
             continue
         if n not in done:
             images.setdefault(path, []).append((n, name, sentence))
@@ -108,16 +122,16 @@ def predict_jsonl(args):
         def write(**record):
             file.write(json.dumps(record).encode() + b"\n")  # at once, so that a line stays whole among processes
 
-        for record in bad if parallel.MAIN else ():
+        for record in bad if processes.MAIN else ():
             write(**record)
-        for path, wanted in tqdm(list(images.items())[parallel.RANK::parallel.WORLD], "predict", unit="image"):
+        for path, wanted in tqdm(list(images.items())[processes.RANK::processes.WORLD], "predict", unit="image"):
             try:
-                results = segment_lines(model, data.open_image(path), [sentence for *_, sentence in wanted])
+                results = segment_lines(model, open_image(path), [sentence for *_, sentence in wanted])
             except DataError as error:
-                results = [{"error": data.one_line(error)}] * len(wanted)
+                results = [{"error": one_line(error)}] * len(wanted)
             for (n, name, sentence), result in zip(wanted, results):
                 write(line=n, image=name, sentence=sentence, **result)
-    parallel.gather(None)
+    processes.gather(None)
     errors = sum("error" in record for record in read_done(out).values())
     print(f"wrote {out}: {len(lines)} lines, {errors} of them with an error")
     return 1 if errors else 0
@@ -147,12 +161,12 @@ def main(args):
     if args.jsonl:
         return predict_jsonl(args)
     if not all(text.strip() for text in args.sentences):
-        raise data.DataError("empty sentence: say what to segment")
-    image = data.open_image(args.image)
+        raise DataError("empty sentence: say what to segment")
+    image = open_image(args.image)
     for path in filter(None, (args.out, args.mask)):
         check_writable(path, picture=True)
     if len({Path(path).resolve() for path in (args.image, args.out, args.mask) if path}) < 2 + bool(args.mask):
-        raise data.DataError("the image, --out and --mask are not different files: give each its own")
+        raise DataError("the image, --out and --mask are not different files: give each its own")
     model = load(args)
     masks = model.segment_all(image, args.sentences)  # (K, H, W)
     panels = [panel([overlay(image, mask, PINK)], text, height=min(480, image.height))
@@ -171,4 +185,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(data.run(main, parse_args()))
+    sys.exit(run(main, parse_args()))

@@ -28,27 +28,36 @@ Where the paper contradicts itself or is silent we decided (the README says why)
 - The decoder's u is a transposed convolution with stride = kernel, of v_4 a 1 x 1 one: it also reduces the channels.
 """
 
-import hashlib
 import json
 import logging
 import math
-import re
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from open_clip.model import CLIP, resize_pos_embed
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from data import MAX_CONFIG_BYTES, DataError, one_line, preprocess, read_json
+from experiments.fusions import replace_attention
+from miniature.clip import TINY_CLIP, clip_state, load_clip_state
+from support.checkpoint import (
+    download,
+    find_checkpoint,
+    fingerprint,
+    is_stored,
+    read_config,
+    read_safetensors,
+)
+from support.files import DataError, one_line
+from support.image_files import _rgb
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -92,13 +101,6 @@ CONFIGS = {
                 cfe_heads=12),
 }
 
-# The miniature's CLIP, open_clip's own class at a size that a CPU core trains in two hours (train.py --stage 0).
-TINY_CLIP = dict(
-    embed_dim=128,
-    vision_cfg=dict(image_size=96, patch_size=8, width=128, layers=6, head_width=32),
-    text_cfg=dict(context_length=40, vocab_size=49408, width=128, heads=4, layers=3),
-)
-
 
 # ---- Sec. 3.1: frozen CLIP ------------------------------------------------------------------------------------------
 
@@ -138,26 +140,6 @@ def build_clip(config):
                             "state dict's file with --clip PATH, or try the code with --clip random") from error
         finally:
             logging.disable(logging.NOTSET)
-
-
-def attend(q, k, v, keep=None, causal=False):
-    """softmax(q k^T / sqrt(d)) v. q (B, heads, Nq, d); k, v (B, heads, Nk, d); keep (B, 1, 1, Nk) bool: the keys that
-    may be attended to; causal: none that comes after the query.
-
-    torch's fused kernel, unless it is slow: on a CPU in bf16 its products by themselves take two thirds of the time,
-    head by head so that the scores fit the cache. They are computed again in backward.
-    """
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and min(q.size(2), k.size(2)) > 512
-    if keep is not None or causal or not slow:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
-
-    def head(q, k, v):
-        return (q @ k.T).softmax(dim=-1) @ v
-
-    if q.requires_grad or k.requires_grad:
-        head = partial(checkpoint, head, use_reentrant=False)
-    heads = zip((q / q.size(-1) ** 0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    return torch.stack([head(*one) for one in heads]).unflatten(0, q.shape[:2])
 
 
 def self_attention(block, y, causal=False):
@@ -381,8 +363,7 @@ class RISCLIP(nn.Module):
         self.ske = nn.ModuleList(SKE(shared_width, config.ske_heads, config.ske_scale)
                                  for _ in range(config.ske_layers * ("ske" in config.modules)))
         if config.fusion != "mhca":
-            import fusions  # which itself needs Attention from here
-            fusions.replace_attention(self, config.fusion)
+            replace_attention(self, config.fusion)
         # As a logarithm, like CLIP's own temperature, and a threshold rather than a bias: Adam moves each parameter by
         # about the learning rate a step, which on these two is enough to calibrate the map.
         self.map_scale = nn.Parameter(torch.tensor(config.map_temperature).log())
@@ -588,98 +569,17 @@ def computes_bf16(device):
     locator then stays in fp32."""
     return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-
-# ---- Weight files ---------------------------------------------------------------------------------------------------
-
-def is_stored(key, config):
-    """Whether a weight of the model is in a checkpoint as it is: what learns. Frozen CLIP is not, or only in brief."""
-    return config.fine_tuned or not key.startswith("clip.")
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of both sources of weights
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_state(clip):
-    """tiny CLIP's weights for a file: fp16, and of the 49,408 rows of the token table those of words it was trained on.
-    """
-    state = {k: v.half().contiguous() for k, v in clip.state_dict().items() if k != "seen"}
-    table = state.pop("token_embedding.weight")
-    rows = getattr(clip, "seen", table.any(dim=1)).nonzero()[:, 0]
-    return state | {"token_embedding.rows": rows.int(), "token_embedding.weight": table[rows].contiguous()}
+def normalise(pixels):
+    """uint8 (..., 3, H, W) -> float32 with CLIP's mean and deviation."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return pixels.float().div_(255).sub_(mean).div_(std)  # one block of memory, not four
 
 
-def load_clip_state(clip, state):
-    """Inverse of clip_state; a word that the tiny CLIP never saw has a zero embedding. Any grid of patches."""
-    try:
-        table = torch.zeros_like(clip.token_embedding.weight)
-        table[state.pop("token_embedding.rows").long()] = state["token_embedding.weight"].to(table.dtype)
-        state = {k: v.float() for k, v in state.items()} | {"token_embedding.weight": table}
-        resize_pos_embed(state, clip)
-        clip.load_state_dict(state)
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise DataError(f"not the weights of a tiny CLIP ({one_line(error)[:160]}); see train.py --stage 0") from error
-
-
-def fingerprint(clip):
-    """Tells one set of frozen weights from another: a hash of the tensors that every image size shares."""
-    tensors = (clip.visual.conv1.weight, clip.visual.proj, clip.text_projection, clip.positional_embedding)
-    if tensors[0].is_meta:
-        return None
-    return hashlib.sha256(b"".join(t.detach().float().cpu().numpy().tobytes() for t in tensors)).hexdigest()[:16]
-
-
-def read_config(path):
-    """-> the Config in a checkpoint's config.json, and its clip_fingerprint. Raises DataError for any other file.
-
-    A stranger's file names no architecture and weights but the backbone's own, and no size that would fill a machine.
-    """
-    def fits(value, like, most):
-        if isinstance(like, tuple):
-            whole = isinstance(value, list) and (len(value) == len(like) or isinstance(like[0], str))
-            return whole and all(fits(v, like[0], most) for v in value)
-        if isinstance(like, int | float) and not isinstance(like, bool):
-            return type(value) in (type(like), int) and 0 <= value <= most
-        return type(value) is type(like)
-
-    saved = read_json(path, limit=MAX_CONFIG_BYTES)
-    try:
-        expected, preset = saved.pop("clip_fingerprint", None), CONFIGS[saved["backbone"]]
-        for key, value in saved.items():
-            like, most = getattr(preset, key), 24 if key.endswith("layers") else 4096 if key == "image_size" else 1024
-            own = key in ("clip_name", "clip_tag")
-            if value != like and (own or not fits(value, 1 if like is None else like, most)):
-                raise ValueError(f"{key} cannot be {str(value)[:60]}")
-        return replace(preset, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}), expected
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a RISCLIP config ({one_line(error)[:160]})") from error
-
-
-def read_safetensors(path):
-    """-> dict of tensors; DataError for a missing or broken file. Nothing in such a file can run."""
-    try:
-        open(path, "rb").close()  # load_file calls a file that may not be read missing
-        return load_file(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is broken ({one_line(error)[:160]})") from error
-
-
-def checkpoints(directory, stage=None):
-    """The checkpoints stageN-STEP in a run's --out (of stages 1 and 2, or of one), the oldest first."""
-    names = re.compile(rf"stage({'[12]' if stage is None else stage})-(\d+)")
-    found = [(names.fullmatch(path.name), path) for path in Path(directory).glob("stage*-*")]
-    return [path for _, path in sorted(((int(m[1]), int(m[2])), path) for m, path in found if m)]
-
-
-def find_checkpoint(directory, stage=None):
-    """A checkpoint itself, or the newest one (of a stage) in a run's --out -> its directory, or None."""
-    if stage is None and (Path(directory) / "config.json").exists():
-        return Path(directory)
-    return next(reversed(checkpoints(directory, stage)), None)
-
-
-def download(name):
-    """A checkpoint's two files from the Hugging Face Hub -> their directory."""
-    import huggingface_hub
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:  # the hub fails in many ways
-        raise DataError(f"{name}: no such folder, and not on the Hugging Face Hub ({one_line(error)[:99]})") from error
+def preprocess(image, size):
+    """PIL image -> (3, S, S) float32: squashed to the square (bicubic, antialiased) and normalised."""
+    squashed = (image if image.mode == "RGB" else _rgb(image)).resize((size, size), Image.BICUBIC)
+    return normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1))

@@ -11,59 +11,40 @@ pixel-level map with the mask: the decoder alone learns, all else is frozen.
 """
 
 import argparse
-import fcntl
 import json
 import math
-import os
-import resource
-import shutil
-import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
-from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import evaluate
 import kernels
-import parallel
-from data import DataError
-from evaluate import (
-    BLUE,
-    MASK,
-    axes,
-    best_map_readout,
-    evaluate,
-    samples,
-    save_picture,
-    table,
-    warn_of_images_trained_on,
+from evaluate import MASK, best_map_readout, warn_of_images_trained_on
+from miniature.pretrain import pretrain
+from risclip import CONFIGS, RISCLIP, check_image_size
+from support import processes
+from support.check import doubts
+from support.checkpoint import find_checkpoint, read_config
+from support.figures import samples
+from support.files import DataError, check_writable, one_line, run, too_small, write_text
+from support.pictures import draw_curve, save_picture
+from support.runs import (
+    alone,
+    load_training_state,
+    memory_gib,
+    open_log,
+    save_checkpoint,
+    stop_signals,
+    unbroken,
 )
-from risclip import (
-    CONFIGS,
-    RISCLIP,
-    TINY_CLIP,
-    check_image_size,
-    checkpoints,
-    clip_state,
-    find_checkpoint,
-    image_layer,
-    load_clip_state,
-    read_config,
-    read_safetensors,
-    text_layer,
-)
-from shapes import Captioned
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True, save_every=500)
@@ -103,53 +84,20 @@ def refiner_loss(model, batch, **focal):
     return kernels.dice_focal(output["mask_logits"], torch.stack([~foreground, foreground], dim=1), **focal)
 
 
-def contrastive_loss(clip, batch):
-    """Stage 0: CLIP's contrastive loss between I scenes and C captions, where several may be true of each other.
-
-    A scene is as similar to a caption as those of its patches that fit it best (in the manner of FILIP): with the class
-    token alone, a map that locates anything takes more than an hour. The softmax over patches is a soft one, so that
-    all patches of an object have to know it and not the best one alone. Then cross-entropy against the true pairs, over
-    a caption's scenes and over a scene's captions (as UniCL does).
-    """
-    tokens, truth, corners = batch["tokens"], batch["truth"].float(), batch["corners"]  # (C, T), (I, C), (I, 2)
-    visual, no_adapters, T = clip.visual, (torch.nn.Identity(), torch.nn.Identity()), tokens.size(1)
-    clip.seen[tokens] = True
-
-    v = visual.conv1(batch["images"])  # (I, D, h, w), perhaps the window of a scene that has its corner at top, left
-    rows, columns = (corners[:, i, None] + torch.arange(v.size(2 + i), device=v.device) for i in range(2))
-    places = (rows[:, :, None] * visual.grid_size[1] + columns[:, None]).flatten(1)
-    v = v.flatten(2).transpose(1, 2) + F.embedding(places, visual.positional_embedding[1:])
-    class_token = visual.class_embedding + visual.positional_embedding[0]
-    v = visual.ln_pre(torch.cat([class_token.expand(len(v), 1, -1), v], dim=1))
-    for i, block in enumerate(visual.transformer.resblocks):
-        v = image_layer(block, v, no_adapters, value_path=i == len(visual.transformer.resblocks) - 1)
-    t = clip.token_embedding(tokens) + clip.positional_embedding[:T]
-    for block in clip.transformer.resblocks:
-        t = text_layer(block, t, no_adapters)
-
-    patches = F.normalize(visual.ln_post(v[:, 1:]) @ visual.proj, dim=-1)  # (I, h * w, d)
-    eos = clip.ln_final(t[torch.arange(len(t)), tokens.argmax(1)])
-    sentences = F.normalize(eos @ clip.text_projection, dim=-1)  # (C, d)
-    similarity = clip.logit_scale.exp() * torch.einsum("ipd,cd->icp", patches, sentences)
-    logits = (similarity * (0.3 * similarity).softmax(dim=-1)).sum(dim=-1)  # (I, C)
-    by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
-    return (by_image + F.cross_entropy(logits.T, (truth / truth.sum(0)).T)) / 2
-
-
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 def sample_batches(model, dataset, settings, args, start):
     """Batches of stages 1 and 2 from optimizer step `start` on, each in `args.accumulate` parts for every process. What
     step i holds follows from the seed alone, so that a resumed run sees what an unbroken one does, and any number of
     processes what one does."""
-    parts = args.accumulate * parallel.WORLD
+    parts = args.accumulate * processes.WORLD
 
     def plan():
         epoch, step = 0, 0
         while True:
             for items in data.plan_epoch(dataset, epoch, args.seed, settings["batch_size"], settings["per_image"]):
                 if step >= start:
-                    yield from (items[k::parts] for k in range(parallel.RANK, parts, parallel.WORLD))
+                    yield from (items[k::parts] for k in range(processes.RANK, parts, processes.WORLD))
                 step += 1
             epoch += 1
 
@@ -161,17 +109,6 @@ def sample_batches(model, dataset, settings, args, start):
         if batch["texts"]:
             batch["tokens"] = model.tokenize(batch["texts"])
         yield batch
-
-
-def captioned_batches(tokenizer, settings, args, start):
-    """Batches of stage 0 from step `start` on: scenes, captions and which captions are true of which scenes."""
-    captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
-    loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
-    for scenes, texts, truth, corners in loader:
-        images, tokens = data.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
-        yield {"images": images, "tokens": tokens[:, : int((tokens > 0).sum(1).max())], "lost": 0,
-               "truth": torch.as_tensor(truth), "corners": torch.as_tensor(corners),
-               "texts": texts[:len(scenes)]}  # the loop counts samples by them
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -202,7 +139,7 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
     net.train()
     stream, clock, since, stopped = batches(step), time.time(), seen, 0
     with (stop_signals() as asked, open_log(args.out, stage, step) as log,
-          tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=not parallel.MAIN) as bar):
+          tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=not processes.MAIN) as bar):
         while step < steps and not stopped:
             lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * (1 - step / steps) ** 0.9
             for group in optimizer.param_groups:
@@ -218,15 +155,15 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
                     loss.backward()
                     total, count = total + loss.item(), count + n
                     sent_ids += batch.get("sent_ids", [])
-            own, shares = count, parallel.gather((total, count, lost, sent_ids, max(asked, default=0)))
+            own, shares = count, processes.gather((total, count, lost, sent_ids, max(asked, default=0)))
             total, count, lost = (sum(share[i] for share in shares) for i in range(3))
             seen, skipped, stopped = seen + count, skipped + lost, max(share[4] for share in shares)
-            if parallel.WORLD > 1 and count:
+            if processes.WORLD > 1 and count:
                 for p in trained.values():  # None where all of a process's images are broken
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 for b in running:
                     b *= own / count
-                parallel.add_up([*(p.grad for p in trained.values()), *running])
+                processes.add_up([*(p.grad for p in trained.values()), *running])
             gradients = [p.grad for p in trained.values() if p.grad is not None]
             for g in gradients:
                 g /= count  # the mean over the step's sentences, however many parts they came in
@@ -252,21 +189,21 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
             if bad == 5:
                 raise SystemExit(f"stage {stage} stopped at step {step}: the loss was not finite 5 times in a row; "
                                  f"the last good checkpoint is in {args.out}")
-            if parallel.MAIN and (step % settings["save_every"] == 0 or step == steps or stopped):
+            if processes.MAIN and (step % settings["save_every"] == 0 or step == steps or stopped):
                 save_checkpoint(args.out, stage, step, save, optimizer, net, run, seen, skipped)
-    parallel.gather(None)  # what follows reads the checkpoint
+    processes.gather(None)  # what follows reads the checkpoint
     if stopped:
-        if parallel.MAIN:
+        if processes.MAIN:
             print(f"stopped at step {step} of {steps}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + stopped)
     if step and not seen:
         raise DataError(f"none of {args.dataset}'s samples could be read: see `python data.py check`")
-    if parallel.MAIN:
+    if processes.MAIN:
         draw_curve(args.out)
-    if skipped and parallel.MAIN:
+    if skipped and processes.MAIN:
         print(f"{skipped} samples were skipped: image or mask missing or broken", file=sys.stderr)
     sound = skipped <= 0.01 * (seen + skipped)
-    if not sound and parallel.MAIN:
+    if not sound and processes.MAIN:
         print(f"more than 1 % of {seen + skipped} samples were skipped: see `python data.py check`", file=sys.stderr)
     return sound
 
@@ -274,123 +211,6 @@ def fit(stage, net, loss_of, batches, steps, settings, args, save):
 def decays(name, p):
     """Table A1's weight decay is for matrices and filters: not for biases, norms, scalers and temperatures."""
     return p.ndim > 1 and not name.endswith(("temperature", "scales"))
-
-
-@contextmanager
-def stop_signals():
-    """SIGTERM and Ctrl-C are noted in the list that this gives, and otherwise wait for the step to end."""
-    asked = []
-    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def memory_gib(device):
-    """The most memory taken so far: the GPU's, or this process's resident memory."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-def save_checkpoint(out, stage, step, save, optimizer, net, run, seen, skipped):
-    """Writes --out/stageN-STEP aside, syncs it and renames it; only then goes the previous one of this stage.
-
-    Raises DataError if the disk is full; the previous one then stays."""
-    final = out / f"stage{stage}-{step:06d}"
-    aside = out / f".stage{stage}.partial"  # one name, so that what a killed run leaves is taken away by the next
-    shutil.rmtree(aside, ignore_errors=True)
-    state = {"step": step, "seen": seen, "skipped": skipped, "run": json.dumps(run),
-             "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
-    if stage == 0:
-        state["net"] = net.state_dict()  # the weight file itself is in half precision
-    try:
-        save(aside)
-        torch.save(state, aside / "training.pt")
-        for path in (*aside.iterdir(), aside):
-            data.sync(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of ours, torch's and safetensors' writers
-        shutil.rmtree(aside, ignore_errors=True)
-        raise DataError(f"{final} cannot be written ({data.one_line(error)[:160]}): the checkpoint before it is whole; "
-                        "make room and go on with --resume") from error
-    previous = [p for p in checkpoints(out, stage) if p != final]
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    data.sync(out)
-    for path in previous:
-        shutil.rmtree(path)
-
-
-@contextmanager
-def unbroken(checkpoint):
-    """Raises DataError for whatever a training.pt that is not what save_checkpoint wrote makes fail inside."""
-    try:
-        yield
-    except Exception as error:  # it fails in many ways; weights_only lets none of them run
-        raise DataError(f"{checkpoint / 'training.pt'} is broken ({type(error).__name__}); remove {checkpoint} to "
-                        "start anew") from error
-
-
-def load_training_state(checkpoint, optimizer, net, run):
-    """-> step, sentences seen and images skipped so far. Raises DataError if the run was started differently."""
-    with unbroken(checkpoint):
-        state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-        before, counts = json.loads(state["run"]), [int(state[k]) for k in ("step", "seen", "skipped")]
-    changed = [f"{k} was {before.get(k)}, now {run.get(k)}" for k in run if before.get(k) != run.get(k)]
-    if changed:
-        raise DataError(f"--resume: {checkpoint} was trained otherwise: {'; '.join(changed)}")
-    with unbroken(checkpoint):
-        own = {"param_groups": optimizer.state_dict()["param_groups"]}  # settings come from the flags, not from a file
-        optimizer.load_state_dict(state["optimizer"] | own)
-        for p, moments in optimizer.state.items():  # load_state_dict takes any, and step() would fail
-            if {k: v.shape for k, v in moments.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-                raise ValueError
-        torch.set_rng_state(state["torch_rng"])
-        if "net" in state:
-            net.load_state_dict(state["net"])
-    return counts
-
-
-# ---- A run ----------------------------------------------------------------------------------------------------------
-
-def pretrain(args, settings):
-    """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors.
-
-    With --clip PATH it starts from those weights.
-    """
-    torch.manual_seed(args.seed)
-    clip = CLIP(**TINY_CLIP, init_logit_scale=math.log(10))
-    clip.visual.positional_embedding.data[1:] = sine_positions(*clip.visual.grid_size, clip.visual.conv1.out_channels)
-    # 50 random words in 128 dimensions are all but orthogonal: they stay as they are. But they have to be as large as
-    # what a layer adds to them, or the first CFE, before the first text layer, would drown them in the image.
-    clip.token_embedding.requires_grad_(False).weight.data.mul_(50)
-    clip.positional_embedding.data.mul_(20)
-    if args.clip:
-        load_clip_state(clip, read_safetensors(args.clip))
-    clip.register_buffer("seen", clip.token_embedding.weight.any(dim=1) if args.clip else
-                         torch.zeros(clip.vocab_size, dtype=torch.bool))  # words, in use
-    clip.to(args.device)
-    tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
-
-    def save(directory):
-        directory.mkdir()
-        (directory / "clip.safetensors").write_bytes(to_bytes(clip_state(clip)))
-    fit(0, clip, contrastive_loss, lambda start: captioned_batches(tokenizer, settings, args, start),
-        settings["steps"], settings, args, save)
-    print(f"wrote {find_checkpoint(args.out, 0) / 'clip.safetensors'}; train on it with --clip")
-
-
-def sine_positions(height, width, channels):
-    """Sines and cosines of x and y, (height * width, channels): neighbours start out alike, and the tiny CLIP learns
-    in minutes what random positions would keep it from for long."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    frequency = 100 ** (-torch.arange(channels // 4) / (channels // 4))
-    return torch.cat([f(p.reshape(-1, 1) * frequency) for p in (x, y) for f in (torch.sin, torch.cos)], dim=1)
 
 
 def check_run(args, stages):
@@ -419,7 +239,7 @@ def check_run(args, stages):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {args.device}: {data.one_line(error)[:120]}") from error
+        raise DataError(f"--device {args.device}: {one_line(error)[:120]}") from error
 
 
 def build_model(args, stage):
@@ -496,43 +316,12 @@ def report(args, model, train, val, held_out):
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
         results |= {row: measured[readout] | {"threshold": readout[1], "images_trained_on": known}
                     for row, readout in readouts.items()}
-    if parallel.MAIN:
-        data.write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
+    if processes.MAIN:
+        write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
         save_picture(samples(model, held_out), args.out / "samples.png")
     first = next(iter(results.values()))
     print(f"\n{args.dataset} {held_out.split}: {first['sentences']} sentences, {first['images']} images\n"
           f"{table(results)}\n")
-
-
-def open_log(out, stage, step):
-    """--out/log.jsonl to write on, without what a killed run wrote of the stage after `step`, its last checkpoint."""
-    if not parallel.MAIN:
-        return open(os.devnull, "a")
-    path, kept = out / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-            if entry["stage"] != stage or entry["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # cut short, or not ours
-    data.write_text(path, "".join(kept))
-    return open(path, "a")
-
-
-def draw_curve(out, width=720, height=300):
-    """--out/curve.png: the loss of each stage against its steps, from log.jsonl."""
-    lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    stages = sorted({line["stage"] for line in lines})
-    sheet = Image.new("RGB", (width * len(stages), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, stage in enumerate(stages):
-        points = [(line["step"], line["loss"]) for line in lines
-                  if line["stage"] == stage and "skipped_step" not in line]
-        place = axes(draw, (column * width, 0, width, height), f"stage {stage}: loss against step",
-                     last=max(x for x, _ in points), top=1.05 * max(y for _, y in points), number=".2f")
-        draw.line([place(x, y) for x, y in points], fill=BLUE, width=2)
-    save_picture(sheet, out / "curve.png")
 
 
 def parse_args(argv=None):
@@ -576,9 +365,9 @@ def parse_args(argv=None):
         parser.error("--stage 0 makes the tiny CLIP: --backbone tiny, --steps instead of --epochs, no --accumulate")
     if args.recompute is not None and args.stage in "02":
         parser.error(f"--recompute and --no-recompute are stage 1's: leave them out of --stage {args.stage}")
-    if args.stage == "0" and parallel.WORLD > 1:
+    if args.stage == "0" and processes.WORLD > 1:
         parser.error("--stage 0 compares all of a batch with all of it: it runs in one process, without torchrun")
-    if wrong := data.too_small(args, epochs=1, steps=1, batch_size=1, per_image=1, accumulate=1, workers=0, seed=0):
+    if wrong := too_small(args, epochs=1, steps=1, batch_size=1, per_image=1, accumulate=1, workers=0, seed=0):
         parser.error(wrong)
     if args.seed >= 2**63:
         parser.error(f"--seed {args.seed}: give one below 2^63")
@@ -589,39 +378,27 @@ def parse_args(argv=None):
     return args
 
 
-@contextmanager
-def alone(out):
-    """Keeps a second run out of --out. The kernel drops the lock when the process ends, however it ends, and the
-    processes that read images do not inherit it. Raises DataError if another run has it."""
-    with open(out / ".lock", "a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"--out {out}: another run is writing there: wait for it, or give another --out") from error
-        yield
-
-
 def have_data(args):
     """Writes the shapes world if it is asked for and not there."""
     if args.dataset == "shapes":
         print(f"training on the generated shapes world in {args.data_root}/shapes; for RefCOCO give "
               "--dataset refcoco --data-root DATA")
-        if parallel.MAIN and not (Path(args.data_root) / "shapes" / "instances.json").exists():
+        if processes.MAIN and not (Path(args.data_root) / "shapes" / "instances.json").exists():
             data.make_shapes(args.data_root, SHAPES_IMAGES, seed=0)
-        parallel.gather(None)
+        processes.gather(None)
 
 
 def main(args):
     stages = (1, 2) if args.stage == "all" else (int(args.stage),)
-    parallel.start(args.device)
+    processes.start(args.device)
     check_run(args, stages)
-    parallel.gather(None)  # nobody writes before all have looked
+    processes.gather(None)  # nobody writes before all have looked
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        data.check_writable(args.out)
+        check_writable(args.out)
     except OSError as error:
         raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
-    with alone(args.out) if parallel.MAIN else nullcontext():
+    with alone(args.out) if processes.MAIN else nullcontext():
         return run_stages(args, stages)
 
 
@@ -635,8 +412,8 @@ def run_stages(args, stages):
     train, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split) for split in splits)
     for i in range(len(evaluated[-1].images) if evaluated else 0):
         evaluated[-1].path(i)  # raises now what would end the evaluation, after all the training
-    for line in data.doubts(train):
-        print(f"warning: {args.dataset} {train.split}: {data.one_line(line)}", file=sys.stderr)
+    for line in doubts(train):
+        print(f"warning: {args.dataset} {train.split}: {one_line(line)}", file=sys.stderr)
     all_sound, written = True, "checkpoints, log.jsonl, curve.png"
     for stage in stages:
         model, sound = run_stage(args, stage, train)
@@ -649,4 +426,4 @@ def run_stages(args, stages):
 
 
 if __name__ == "__main__":
-    sys.exit(data.run(main, parse_args()))
+    sys.exit(run(main, parse_args()))

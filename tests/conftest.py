@@ -11,8 +11,8 @@ from dataclasses import replace  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from miniature.shapes import write_shapes  # noqa: E402
 from risclip import CONFIGS, RISCLIP  # noqa: E402
-from shapes import write_shapes  # noqa: E402
 
 
 @pytest.fixture(scope="session")

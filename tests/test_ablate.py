@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import ablate
-import data
-import fusions
 import train
-from risclip import CONFIGS, RISCLIP, find_checkpoint
+from experiments import ablate, fusions
+from risclip import CONFIGS, RISCLIP
+from support import files
+from support.checkpoint import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_killed_ablation_goes_on_and_a_finished_cell_is_not_run_again(world, t
 def test_another_run_in_the_same_place_is_refused(world, out, capsys):
     ablate.main(arguments(world, out, 3))
     capsys.readouterr()
-    assert data.run(ablate.main, arguments(world, out, 3, "--lr", 1)) == 2
+    assert files.run(ablate.main, arguments(world, out, 3, "--lr", 1)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "cell.json" in error and "--out" in error
 

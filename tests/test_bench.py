@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
-import data
 import kernels
+from experiments import bench_kernels, bench_model
 
 ROOT = Path(__file__).parent.parent
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have on A100, H100, B200
@@ -66,7 +65,7 @@ def test_every_kernel_compiles_for_three_gpus_at_the_papers_shapes(tmp_path):
     ({}, "sys.modules['triton'] = None", "Triton is not installed"),
 ])
 def test_bench_says_in_a_line_why_it_cannot(environment, code, reason):
-    code = f"import sys; {code}\nimport bench, data; sys.exit(data.run(bench.main, bench.parse_args(['kernels'])))"
+    code = f"import sys; {code}\nimport bench, data; sys.exit(files.run(bench_kernels.main, bench_kernels.parse_args(['kernels'])))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, text=True,
                           capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {reason}") and done.stderr.count("\n") == 1
@@ -74,20 +73,20 @@ def test_bench_says_in_a_line_why_it_cannot(environment, code, reason):
 
 def test_a_place_that_cannot_be_written_is_said_in_a_line(tmp_path, capsys):
     (tmp_path / "file").touch()
-    args, measured = bench.parse_args(["kernels", "--json", str(tmp_path / "file" / "x.json")]), []
+    args, measured = bench_kernels.parse_args(["kernels", "--json", str(tmp_path / "file" / "x.json")]), []
     args.run = measured.append
-    assert data.run(bench.main, args) == 2 and not measured
+    assert files.run(bench_kernels.main, args) == 2 and not measured
     assert "cannot be written" in capsys.readouterr().err
 
 
 OTHER_DTYPES = """
 import json, sys, torch, bench
 x, weight = (getattr(torch, name) for name in sys.argv[1:3])
-inputs = [t.to(weight if 0 < i < 5 else x) for i, t in enumerate(bench.adapter_inputs(2463, 640, 464, device="meta"))]
-launches = bench.count_fused("adapter", inputs)[1].launches
-logits, target = bench.loss_inputs(32, 1600, device="meta")
-launches += bench.count_fused("dice_focal", [logits.to(x), target])[1].launches
-print(json.dumps(bench.compile_all(launches, map(int, sys.argv[3:]))))
+inputs = [t.to(weight if 0 < i < 5 else x) for i, t in enumerate(bench_kernels.adapter_inputs(2463, 640, 464, device="meta"))]
+launches = bench_kernels.count_fused("adapter", inputs)[1].launches
+logits, target = bench_kernels.loss_inputs(32, 1600, device="meta")
+launches += bench_kernels.count_fused("dice_focal", [logits.to(x), target])[1].launches
+print(json.dumps(bench_kernels.compile_all(launches, map(int, sys.argv[3:]))))
 """
 
 
@@ -109,13 +108,14 @@ def test_every_kernel_compiles_in_other_dtypes(x, weight):
 OTHER_GPUS = """
 import json, re, triton, bench
 from triton.backends.compiler import GPUTarget
-launches = bench.count_fused("dice_focal", bench.loss_inputs(32, 1600, device="meta"))[1].launches
-launches += bench.training_launches()
-for c in bench.compile_all(launches, (86, 89, 120)):
+from support import files
+launches = bench_kernels.count_fused("dice_focal", bench_kernels.loss_inputs(32, 1600, device="meta"))[1].launches
+launches += bench_kernels.training_launches()
+for c in bench_kernels.compile_all(launches, (86, 89, 120)):
     print(json.dumps([f"sm_{c['capability']}", c["kernel"], c["spilled"], c["shared"]]))
-for kernel, arguments, options in {bench.source(*launch[:2]).hash(): launch for launch in launches}.values():
+for kernel, arguments, options in {bench_kernels.source(*launch[:2]).hash(): launch for launch in launches}.values():
     for arch in ("gfx942", "gfx950"):
-        compiled = triton.compile(bench.source(kernel, arguments), target=GPUTarget("hip", arch, 64), options=options)
+        compiled = triton.compile(bench_kernels.source(kernel, arguments), target=GPUTarget("hip", arch, 64), options=options)
         spilled = sum(map(int, re.findall(r"gpr_spill_count: *(\\d+)", compiled.asm["amdgcn"])))
         print(json.dumps([arch, kernel.__name__, spilled, compiled.metadata.shared]))
 """
@@ -137,7 +137,7 @@ def test_every_kernel_compiles_for_consumer_cards_and_for_amd():
 
 def test_eager_bytes_are_those_of_its_operators():
     N, D, H = 96, 32, 16
-    forward, _ = bench.count_eager(kernels.adapter_reference, bench.adapter_inputs(N, D, H, device="meta"))
+    forward, _ = bench_kernels.count_eager(kernels.adapter_reference, bench_kernels.adapter_inputs(N, D, H, device="meta"))
     x, h, w = N * D, N * H, D * H
     linear = (x + w + H + h) + (h + w + D + x)  # down and up, each with its bias
     assert forward.megabytes() == 2 * (linear + 2 * h + (D + 2 * x) + 3 * x) / 1e6  # relu, times scale, plus x
@@ -145,7 +145,7 @@ def test_eager_bytes_are_those_of_its_operators():
 
 def test_fused_bytes_are_those_of_the_docstring():
     N, D, H = 51232, 896, 448
-    forward, both = bench.count_fused("adapter", bench.adapter_inputs(N, D, H, device="meta"))
+    forward, both = bench_kernels.count_fused("adapter", bench_kernels.adapter_inputs(N, D, H, device="meta"))
     x, h, w = N * D, N * H, D * H
     assert forward.megabytes() == 2 * ((x + w + H + h) + (h + w + D + D + x + x)) / 1e6
     m, parts = -(-N // 128), -(-N // 6144)
@@ -159,17 +159,17 @@ def test_fused_bytes_are_those_of_the_docstring():
 
 def test_the_docstrings_state_what_is_counted():
     """kernels/adapter.py and kernels/dice_focal.py in MB."""
-    inputs = bench.adapter_inputs(51232, 896, 448, device="meta")
-    counts = *bench.count_eager(kernels.adapter_reference, inputs), *bench.count_fused("adapter", inputs)
+    inputs = bench_kernels.adapter_inputs(51232, 896, 448, device="meta")
+    counts = *bench_kernels.count_eager(kernels.adapter_reference, inputs), *bench_kernels.count_fused("adapter", inputs)
     assert [round(c.megabytes()) for c in counts] == [828, 2484, 369, 1141]
-    inputs = bench.loss_inputs(32, 2, 640, 640, device="meta")
-    eager, fused = bench.count_eager(kernels.dice_focal_reference, inputs), bench.count_fused("dice_focal", inputs)
+    inputs = bench_kernels.loss_inputs(32, 2, 640, 640, device="meta")
+    eager, fused = bench_kernels.count_eager(kernels.dice_focal_reference, inputs), bench_kernels.count_fused("dice_focal", inputs)
     counts = [(forward.megabytes(), both.megabytes() - forward.megabytes()) for forward, both in (eager, fused)]
     assert [[int(n + 0.5) for n in pair] for pair in counts] == [[4955, 5505], [131, 236]]
 
 
 def test_the_roofline_takes_the_longer_of_bytes_and_arithmetic():
-    operations = bench.Operations()
+    operations = bench_kernels.Operations()
     operations.costs = [(3.35e12, 0), (0, 2 * 989e12)]
     assert operations.roofline("H100") == pytest.approx(3e6)
 
@@ -177,30 +177,30 @@ def test_the_roofline_takes_the_longer_of_bytes_and_arithmetic():
 def test_the_check_before_timing_passes_the_kernels_and_stops_wrong_ones():
     """What runs first on a GPU, here on a CPU with small tensors."""
     torch.manual_seed(0)
-    inputs = bench.adapter_inputs(64, 32, 48, device="cpu")
+    inputs = bench_kernels.adapter_inputs(64, 32, 48, device="cpu")
     dy = torch.randn(64, 32, dtype=torch.bfloat16)
     with force("triton"), exact_bf16():
-        bench.check("fused", kernels.adapter, kernels.adapter_reference, inputs, dy)
+        bench_kernels.check("fused", kernels.adapter, kernels.adapter_reference, inputs, dy)
 
     def wrong(x, *parameters, scale):
         return kernels.adapter(x, *parameters, 0.9 * scale)
 
     with pytest.raises(SystemExit, match="fused is wrong"):
-        bench.check("fused", lambda *t: wrong(*t[:-1], scale=t[-1]), kernels.adapter_reference, inputs, dy)
-    inputs = bench.loss_inputs(2, 2, 9, 9, device="cpu")
+        bench_kernels.check("fused", lambda *t: wrong(*t[:-1], scale=t[-1]), kernels.adapter_reference, inputs, dy)
+    inputs = bench_kernels.loss_inputs(2, 2, 9, 9, device="cpu")
     with force("triton"):
-        bench.check("fused", kernels.dice_focal, kernels.dice_focal_reference, inputs, torch.ones(()))
+        bench_kernels.check("fused", kernels.dice_focal, kernels.dice_focal_reference, inputs, torch.ones(()))
 
 
 def test_three_paths_are_timed_forward_and_with_backward(monkeypatch):
     """The compiled one is checked as well. Compiling and the clock are put aside here."""
     monkeypatch.setattr("triton.testing.do_bench", lambda function: len(function()))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    inputs = bench.loss_inputs(3, 5, device="cpu")
-    assert bench.measure(*[lambda x, t: x.sigmoid() * t] * 2, inputs) == ([3] * 3, [2] * 3)  # rows; output and gradient
+    inputs = bench_kernels.loss_inputs(3, 5, device="cpu")
+    assert bench_kernels.measure(*[lambda x, t: x.sigmoid() * t] * 2, inputs) == ([3] * 3, [2] * 3)  # rows; output and gradient
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 2 * function(*inputs))
     with pytest.raises(SystemExit, match="torch.compile is wrong"):
-        bench.measure(*[lambda x, t: x.sigmoid() * t] * 2, inputs)
+        bench_kernels.measure(*[lambda x, t: x.sigmoid() * t] * 2, inputs)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_flops_of_the_parts_are_those_of_the_docstring(tiny):
     """Of tiny at 96 pixels: 144 patches of 8, width 128, 6 layers, the last without attention; 12 Adapters of 64."""
     tokens = tiny.tokenize(["the small red circle"])
     n, T, D = 145, tokens.size(1), 128
-    with torch.no_grad(), bench.Flops(tiny) as flops:
+    with torch.no_grad(), bench_model.Flops(tiny) as flops:
         tiny(torch.zeros(1, 3, 96, 96), tokens)
     patches = 2 * 144 * 3 * 8**2 * D
     layers = 5 * (24 * n * D**2 + 4 * n**2 * D) + n * (2 * 2 + 2 * 8) * D**2
@@ -228,28 +228,28 @@ def test_flops_of_the_parts_are_those_of_the_docstring(tiny):
 def test_flops_are_counted_on_every_path(tiny, precision, monkeypatch):
     """With a graph, with fused kernels, with attention that writes its scores, and with layers computed again."""
     monkeypatch.setattr("risclip.computes_bf16", lambda device: True)
-    tiny = bench.build(bench.parse_args(["model", "--device", "cpu"]), precision, 32)
-    batch = bench.made_up(tiny, 1)
+    tiny = bench_model.build(bench_kernels.parse_args(["model", "--device", "cpu"]), precision, 32)
+    batch = bench_model.made_up(tiny, 1)
 
     def count(run):
-        with bench.Flops(tiny) as flops:
+        with bench_model.Flops(tiny) as flops:
             run()
         return flops.parts, flops.attention
 
-    expected = count(lambda: bench.infer(tiny, batch))
+    expected = count(lambda: bench_model.infer(tiny, batch))
     assert expected[1] > 0
     assert count(lambda: tiny(batch["images"], batch["tokens"])) == expected
     with force("triton"):
-        assert count(lambda: bench.infer(tiny, batch)) == expected
+        assert count(lambda: bench_model.infer(tiny, batch)) == expected
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert count(lambda: bench.infer(tiny, batch)) == expected
+        assert count(lambda: bench_model.infer(tiny, batch)) == expected
 
 
 def test_memory_kept_for_backward_counts_each_tensor_once_and_no_weight():
     linear = torch.nn.Linear(5, 7)
     x = torch.randn(3, 5)
     # x for the weight's gradient, in both products; relu's output; square's input, which is that output
-    assert bench.kept_bytes(linear, lambda: (linear(x) + linear(x)).relu().square().sum()) == 4 * (3 * 5 + 3 * 7)
+    assert bench_model.kept_bytes(linear, lambda: (linear(x) + linear(x)).relu().square().sum()) == 4 * (3 * 5 + 3 * 7)
 
 
 def test_memory_kept_by_a_sample_is_none_of_the_copies_of_weights():
@@ -260,20 +260,20 @@ def test_memory_kept_by_a_sample_is_none_of_the_copies_of_weights():
             return linear(x.requires_grad_()).relu().sum()
 
     one, two = torch.randn(3, 5), torch.randn(6, 5)
-    assert bench.kept_bytes(linear, lambda: forward(one)) == 2 * (3 * 5 + 3 * 7 + 7 * 5)
-    assert bench.kept_by_a_sample(linear, forward, one, two) == 2 * (3 * 5 + 3 * 7)
+    assert bench_model.kept_bytes(linear, lambda: forward(one)) == 2 * (3 * 5 + 3 * 7 + 7 * 5)
+    assert bench_model.kept_by_a_sample(linear, forward, one, two) == 2 * (3 * 5 + 3 * 7)
 
 
 def test_layers_that_are_computed_again_keep_their_input_and_count_in_the_backward_pass():
     """torch's checkpoint: what is inside keeps nothing."""
-    tiny = bench.build(bench.parse_args(["model", "--device", "cpu"]), "fp32", 32)
+    tiny = bench_model.build(bench_kernels.parse_args(["model", "--device", "cpu"]), "fp32", 32)
     x = torch.randn(2, 17, 128, requires_grad=True)
 
     def forward():
         return torch.utils.checkpoint.checkpoint(tiny.image_adapters[0][0], x, use_reentrant=False).sum()
 
-    assert bench.kept_bytes(tiny, forward) == x.nbytes
-    with bench.Flops(tiny) as flops:
+    assert bench_model.kept_bytes(tiny, forward) == x.nbytes
+    with bench_model.Flops(tiny) as flops:
         forward().backward()
     product = 2 * 2 * 17 * 128 * 64
     assert flops.parts == {"Adapters": 2 * product, "backward": 2 * product + 4 * product}
@@ -281,7 +281,7 @@ def test_layers_that_are_computed_again_keep_their_input_and_count_in_the_backwa
 
 def test_stage_2_stops_at_a_gradient_graph_below_the_decoder(tiny):
     tiny.add_decoder()
-    locate, decode = bench.stage_2_apart(tiny)
+    locate, decode = bench_model.stage_2_apart(tiny)
     decoder = tiny.decoder
     locate()
     decode()
@@ -290,16 +290,16 @@ def test_stage_2_stops_at_a_gradient_graph_below_the_decoder(tiny):
     for learns in (tiny.image_adapters[0], tiny.map_threshold):  # features and map, then the map alone
         learns.requires_grad_(True)
         with pytest.raises(SystemExit, match="gradient graph below the decoder"):
-            bench.stage_2_apart(tiny)
+            bench_model.stage_2_apart(tiny)
         learns.requires_grad_(False)
 
 
 def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.SIZES, "tiny", (16, 32))
+    monkeypatch.setitem(bench_model.SIZES, "tiny", (16, 32))
     monkeypatch.setattr(bench, "SENTENCES", (1, 3))
     monkeypatch.setattr(bench, "IMAGES", (1, 3))
     out, file = tmp_path / "cost.png", tmp_path / "cost.json"
-    bench.main(bench.parse_args(["cost", "--runs", "1", "--precision", "fp32", "--device", "cpu", "--out", str(out),
+    bench_kernels.main(bench_kernels.parse_args(["cost", "--runs", "1", "--precision", "fp32", "--device", "cpu", "--out", str(out),
                                  "--json", str(file)]))
     assert Image.open(out).size == (1680, 630)
     result = json.loads(file.read_text())
@@ -323,13 +323,13 @@ def test_the_cost_command_draws_and_explains(tmp_path, monkeypatch, capsys):
 ])
 def test_what_cannot_be_measured_is_refused_in_a_line(command, reason, monkeypatch, capsys):
     monkeypatch.setattr("risclip.computes_bf16", lambda device: False)
-    assert data.run(bench.main, bench.parse_args(command.split())) == 2
+    assert files.run(bench_kernels.main, bench_kernels.parse_args(command.split())) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
 
 
 def test_the_model_command_has_a_row_for_each_kind_of_work(tmp_path, capsys):
-    bench.main(bench.parse_args(["model", "--image-size", "48", "--runs", "1", "--sentences", "2", "--device", "cpu",
+    bench_kernels.main(bench_kernels.parse_args(["model", "--image-size", "48", "--runs", "1", "--sentences", "2", "--device", "cpu",
                                  "--json", str(tmp_path / "m.json")]))
     rows = [row for row in json.loads((tmp_path / "m.json").read_text())["rows"] if row["precision"] == "fp32"]
     assert len(rows) == 4 and all(float(row["share"]) > 0 for row in rows)
@@ -343,7 +343,7 @@ def test_the_model_command_has_a_row_for_each_kind_of_work(tmp_path, capsys):
 
 def test_the_model_command_measures_a_piece_alone(tmp_path, capsys):
     file = tmp_path / "m.json"
-    bench.main(bench.parse_args(["model", "--image-size", "32", "--runs", "1", "--device", "cpu", "--json", str(file),
+    bench_kernels.main(bench_kernels.parse_args(["model", "--image-size", "32", "--runs", "1", "--device", "cpu", "--json", str(file),
                                  "--precision", "fp32", "--only", "stage2"]))
     result = json.loads(file.read_text())
     assert [(row[""], row["precision"]) for row in result["rows"]] == [("stage 2, a sample", "fp32")]
@@ -351,7 +351,7 @@ def test_the_model_command_measures_a_piece_alone(tmp_path, capsys):
 
 
 def test_the_loader_command_reads_every_sentence_of_the_plan(world, capsys):
-    bench.main(bench.parse_args(["loader", "--data-root", str(world), "--image-size", "32", "--epochs", "1", "--runs",
+    bench_kernels.main(bench_kernels.parse_args(["loader", "--data-root", str(world), "--image-size", "32", "--epochs", "1", "--runs",
                                  "1"]))
     one, four = capsys.readouterr().out.strip().splitlines()
     assert one.startswith("1 of an image") and one.endswith("1.00 of one by one") and four.startswith("4 of an image")

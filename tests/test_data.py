@@ -24,7 +24,8 @@ from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
 import data
-from data import DataError, RefCOCO, Samples
+from data import RefCOCO, Samples
+from support.files import DataError
 
 # pycocotools' own, with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:This DataLoader will create")
@@ -88,12 +89,12 @@ def python2(value):
                                   lambda r: pickle.dumps(r, 5)])
 def test_refs_of_every_protocol_are_read_alike(tmp_path, dump):
     (tmp_path / "r.p").write_bytes(dump(REFS))
-    assert data.load_refs(tmp_path / "r.p") == REFS
+    assert unpickle.load_refs(tmp_path / "r.p") == REFS
 
 
 def test_python_2_byte_strings_are_latin_1():
     content = b"(lS'caf\\xe9'\naVcaf\\u00e9\naU\x04caf\xe9aI01\naF0.5\naL7L\naNa."
-    read = data.PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+    read = unpickle.PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
     assert read == ["café", "café", "café", True, 0.5, 7, None]
 
 
@@ -137,7 +138,7 @@ def test_a_pickle_that_asks_for_more_than_plain_data_is_refused_and_nothing_runs
         canary.unlink()
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"r\.p asks for more than plain data \(\w+\)"):
-        data.load_refs(path)
+        unpickle.load_refs(path)
     assert not canary.exists()
 
 
@@ -147,7 +148,7 @@ def test_every_truncation_of_a_pickle_is_a_data_error(tmp_path):
         for end in range(len(content)):
             (tmp_path / "r.p").write_bytes(content[:end])
             with pytest.raises(DataError, match="r.p"):
-                data.load_refs(tmp_path / "r.p")
+                unpickle.load_refs(tmp_path / "r.p")
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02]r\xff\xff\xff\x7f.", b"(lp2000000000\n.",
@@ -156,7 +157,7 @@ def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
     (tmp_path / "r.p").write_bytes(content)
     tracemalloc.start()
     try:
-        assert data.load_refs(tmp_path / "r.p") == []
+        assert unpickle.load_refs(tmp_path / "r.p") == []
     except DataError:
         pass
     peak = tracemalloc.get_traced_memory()[1]
@@ -168,7 +169,7 @@ def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
 def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
     (tmp_path / "r.p").write_bytes(pickle.dumps(content, 2))
     with pytest.raises(DataError, match="r.p"):
-        data.load_refs(tmp_path / "r.p")
+        unpickle.load_refs(tmp_path / "r.p")
 
 
 def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
@@ -176,7 +177,7 @@ def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
         shared = ref(0, 1, sentences=sentences)
         (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(refs)], 2))
         with pytest.raises(DataError, match="more than 1000000 sentences, or one very often"):
-            data.load_refs(tmp_path / "r.p")
+            unpickle.load_refs(tmp_path / "r.p")
 
 
 def test_numbers_as_keys_could_collide_and_are_refused(tmp_path):
@@ -184,23 +185,23 @@ def test_numbers_as_keys_could_collide_and_are_refused(tmp_path):
     for protocol, content in ((0, multiples), (2, multiples), (2, {1: None})):  # DICT or SETITEM, SETITEMS, SETITEM
         (tmp_path / "r.p").write_bytes(pickle.dumps([content], protocol))
         with pytest.raises(DataError, match="a key that is no text"):
-            data.load_refs(tmp_path / "r.p")
+            unpickle.load_refs(tmp_path / "r.p")
     (tmp_path / "r.p").write_bytes(b"(I1\nNd.")
     with pytest.raises(DataError, match="a key that is no text"):
-        data.load_refs(tmp_path / "r.p")
+        unpickle.load_refs(tmp_path / "r.p")
 
 
 def test_an_unpickler_stops_after_so_many_steps(tmp_path, monkeypatch):
     """50 refs of three sentences of five words, a thousandth of a published set, take less than a thousandth."""
-    monkeypatch.setattr(data, "MAX_REFS_STEPS", data.MAX_REFS_STEPS // 1000)
+    monkeypatch.setattr(data, "MAX_REFS_STEPS", unpickle.MAX_REFS_STEPS // 1000)
     refs = [ref(n, n, sentences=["a {} on the left"] * 3) for n in range(50)]
     for protocol in (0, 2, 5):
         (tmp_path / "r.p").write_bytes(pickle.dumps(refs, protocol))
-        assert data.load_refs(tmp_path / "r.p") == refs
+        assert unpickle.load_refs(tmp_path / "r.p") == refs
     for marks, message in ((10_000 - 2, "no list of refs"), (10_000 - 1, "more than 10000 steps")):
         (tmp_path / "r.p").write_bytes(b"(" * marks + b"}.")  # marks need not be closed
         with pytest.raises(DataError, match=message):
-            data.load_refs(tmp_path / "r.p")
+            unpickle.load_refs(tmp_path / "r.p")
 
 
 # Each: what stands before, again and again, and after in a hostile JSON file.
@@ -232,13 +233,13 @@ def test_a_json_text_takes_no_more_memory_than_its_signs_say(monkeypatch, name):
     content = hostile_json(name, 200_000)
     gc.collect()
     tracemalloc.start()
-    data.parse_json(content, "x.json")
+    files.parse_json(content, "x.json")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < data.json_memory(content) + 4096  # the parser itself
-    monkeypatch.setattr(data, "MAX_JSON_MEMORY", data.json_memory(content) - 1)
+    assert peak < files.json_memory(content) + 4096  # the parser itself
+    monkeypatch.setattr(data, "MAX_JSON_MEMORY", files.json_memory(content) - 1)
     with pytest.raises(DataError, match="x.json could take .* GiB of memory"):
-        data.parse_json(content, "x.json")
+        files.parse_json(content, "x.json")
 
 
 def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatch):
@@ -252,19 +253,19 @@ def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatc
     content = {"images": [image] * 260, "annotations": [annotation] * 2090}
     (tmp_path / "instances.json").write_text(json.dumps(content))
     assert 1.1e6 < (tmp_path / "instances.json").stat().st_size < 1.4e6
-    monkeypatch.setattr(data, "MAX_JSON_MEMORY", data.MAX_JSON_MEMORY // 100)
-    assert data.read_json(tmp_path / "instances.json") == content
+    monkeypatch.setattr(data, "MAX_JSON_MEMORY", files.MAX_JSON_MEMORY // 100)
+    assert files.read_json(tmp_path / "instances.json") == content
 
 
 def test_no_world_is_written_that_would_not_be_read(tmp_path, capsys):
     for images in (-5, 0, data.MAX_SHAPES + 1):
         args = data.parse_args(["shapes", "--root", str(tmp_path), "--images", str(images)])
-        assert data.run(data.main, args) == 2 and "give 1 to 20000" in capsys.readouterr().err
+        assert files.run(data.main, args) == 2 and "give 1 to 20000" in capsys.readouterr().err
     data.shapes.write_shapes(tmp_path, 40, seed=0, limits=0)
     path = tmp_path / "shapes" / "refs(shapes).p"
     steps = sum(1 for _ in pickletools.genops(path.read_bytes())) / 40
-    assert data.MAX_SHAPES * steps < 0.9 * data.MAX_REFS_STEPS
-    assert data.MAX_SHAPES * path.stat().st_size / 40 < 0.9 * data.MAX_REFS_BYTES
+    assert data.MAX_SHAPES * steps < 0.9 * unpickle.MAX_REFS_STEPS
+    assert data.MAX_SHAPES * path.stat().st_size / 40 < 0.9 * unpickle.MAX_REFS_BYTES
 
 
 def test_a_list_of_too_many_sentences_is_refused(tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ start = time.process_time()
 try:
     getattr(data, sys.argv[1])(sys.argv[2])
     outcome = "read"
-except data.DataError as error:
+except files.DataError as error:
     outcome = str(error)
 seconds = time.process_time() - start
 """ + PEAK + """
@@ -311,19 +312,19 @@ def read_alone(reader, path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_hostile_json_file_is_read_or_refused_within_2_gib_and_10_s(tmp_path, monkeypatch, name):
     """The longest that is parsed, and 512 MiB."""
-    path, most = tmp_path / "x.json", min(data.MAX_BYTES, 2**23 * data.MAX_JSON_MEMORY // data.json_memory(
+    path, most = tmp_path / "x.json", min(files.MAX_BYTES, 2**23 * files.MAX_JSON_MEMORY // files.json_memory(
         hostile_json(name, 2**23)) * 99 // 100)
     path.write_bytes(hostile_json(name, most))
     outcome = read_alone("read_json", path)
     assert "GiB of memory" not in outcome
-    path.write_bytes(hostile_json(name, data.MAX_BYTES))
+    path.write_bytes(hostile_json(name, files.MAX_BYTES))
     outcome = read_alone("read_json", path)
-    assert "GiB of memory" in outcome or most == data.MAX_BYTES
+    assert "GiB of memory" in outcome or most == files.MAX_BYTES
 
 
 def keyed(before, after):
     """A pickle of one dict with as many keys as there is room for."""
-    keys = range(data.MAX_REFS_BYTES // 8)
+    keys = range(unpickle.MAX_REFS_BYTES // 8)
     blocks = (b"".join(b"U\x04" + struct.pack("<I", i) + b"N" for i in keys[n:n + 2**16]) for n in keys[::2**16])
     return before + b"".join(blocks) + after
 
@@ -336,14 +337,14 @@ PICKLES = {"lists": b"]", "dicts": b"}", "marks": b"(", "names for one thing": b
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*PICKLES, "keys", "one ref again and again", "one long string, then dicts"])
 def test_a_hostile_refs_file_is_refused_within_2_gib_and_10_s(tmp_path, name):
-    path, room = tmp_path / "x.p", data.MAX_REFS_BYTES - 1
+    path, room = tmp_path / "x.p", unpickle.MAX_REFS_BYTES - 1
     if name in PICKLES:
         content = b"]" + PICKLES[name] * (room // len(PICKLES[name]))
     elif name == "keys":
-        content = keyed(b"}(", b"u.")[:data.MAX_REFS_BYTES]
+        content = keyed(b"}(", b"u.")[:unpickle.MAX_REFS_BYTES]
     elif name == "one ref again and again":
         one = pickle.dumps(ref(0, 0, sentences=["a"]), 2)[2:-1]
-        content = b"](" + one + b"h\x00" * (data.MAX_REFS_STEPS - 1000) + b"e."
+        content = b"](" + one + b"h\x00" * (unpickle.MAX_REFS_STEPS - 1000) + b"e."
     else:
         long = "\U0001f600".encode() + b"a" * (room - 10_000_009)
         content = b"X" + struct.pack("<I", len(long)) + long + b"}\x94" * 5_000_000
@@ -510,6 +511,10 @@ def test_the_union_has_no_image_of_any_val_or_test_split(tmp_path):
 
 OPEN = """
 import json, sys, time, data
+from support import check
+from support import files
+from support import image_files
+from support import unpickle
 seconds = []
 for _ in range(2):
     start = time.process_time()
@@ -562,14 +567,14 @@ def test_run_lengths_of_both_kinds_are_the_same_mask():
     runs = [0, *np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=~mask[0, 0], append=~mask[-1, -1]))).tolist()]
     compressed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     for counts in (runs, compressed, compressed.encode()):
-        assert (data.decode_mask({"size": [23, 31], "counts": counts}, 31, 23) == mask).all()
+        assert (image_files.decode_mask({"size": [23, 31], "counts": counts}, 31, 23) == mask).all()
 
 
 def test_a_long_run_is_read_as_pycocotools_wrote_it():
     mask = np.zeros((700, 900), np.uint8, order="F")
     mask[650:, 800:] = mask[3, 4] = 1
     counts = coco.encode(mask)["counts"].decode()
-    assert (data.decode_mask({"size": [700, 900], "counts": counts}, 900, 700) == mask).all()
+    assert (image_files.decode_mask({"size": [700, 900], "counts": counts}, 900, 700) == mask).all()
 
 
 @pytest.mark.parametrize("segmentation", [
@@ -611,7 +616,7 @@ def pictures():
 def test_every_kind_of_pixel_becomes_rgb_of_the_same_brightness(tmp_path, name):
     image, form = pictures()[name]
     image.save(tmp_path / "picture", form)
-    read = data.open_image(tmp_path / "picture")
+    read = image_files.open_image(tmp_path / "picture")
     dark, light = {"1 bit": (0, 255), "rgba": (51, 255), "la": (51, 255)}.get(name, (51, 204))
     assert (read.mode, read.size) == ("RGB", (22, 17))
     assert np.abs(np.asarray(read)[:, :9].astype(int) - dark).max() <= 4
@@ -635,17 +640,17 @@ def save_turned(path, upright, orientation):
 def test_an_exif_turned_image_is_read_upright(tmp_path, orientation):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8))
     save_turned(tmp_path / "x.png", upright, orientation)
-    assert (np.asarray(data.open_image(tmp_path / "x.png")) == np.asarray(upright)).all()
-    assert data.image_size(tmp_path / "x.png") == upright.size
+    assert (np.asarray(image_files.open_image(tmp_path / "x.png")) == np.asarray(upright)).all()
+    assert image_files.image_size(tmp_path / "x.png") == upright.size
 
 
 def test_a_record_of_the_stored_size_means_the_stored_pixels(tmp_path):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8))
     stored = save_turned(tmp_path / "x.png", upright, 6)
-    assert (np.asarray(data.open_image(tmp_path / "x.png", (17, 23))) == np.asarray(stored)).all()
-    assert data.open_image(tmp_path / "x.png", (23, 17)).size == (23, 17)
+    assert (np.asarray(image_files.open_image(tmp_path / "x.png", (17, 23))) == np.asarray(stored)).all()
+    assert image_files.open_image(tmp_path / "x.png", (23, 17)).size == (23, 17)
     with pytest.raises(DataError, match="x.png is 23x17, its record says 24x17"):
-        data.open_image(tmp_path / "x.png", (24, 17))
+        image_files.open_image(tmp_path / "x.png", (24, 17))
 
 
 def png_head(width, height):
@@ -672,7 +677,7 @@ def test_a_broken_huge_or_missing_image_is_a_data_error_naming_it(tmp_path, cont
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
-        data.open_image(path)
+        image_files.open_image(path)
     assert str(path) in str(error.value)
 
 
@@ -682,7 +687,7 @@ def test_a_flipped_byte_in_an_image_gives_pixels_or_a_data_error(tmp_path_factor
     path = tmp_path_factory.mktemp("flip") / "x.jpg"
     path.write_bytes(jpeg()[:position] + bytes([byte]) + jpeg()[position + 1:])
     try:
-        assert data.open_image(path).mode == "RGB"
+        assert image_files.open_image(path).mode == "RGB"
     except DataError as error:
         assert "x.jpg" in str(error)
 
@@ -893,8 +898,8 @@ def test_saturation_and_intensity_change_within_a_half_and_hue_stays():
 def test_the_border_is_filled_with_the_mean_colour():
     black, full = Image.new("RGB", (50, 50)), np.ones((1, 50, 50), bool)
     corners = [np.asarray(data.augment(black, full, seed)[0])[0, 0] for seed in range(9)]
-    assert any((corner == np.round(255 * np.array(data.MEAN))).all() for corner in corners)
-    assert data.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max() < 0.01
+    assert any((corner == np.round(255 * np.array(risclip.MEAN))).all() for corner in corners)
+    assert risclip.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max() < 0.01
 
 
 def test_no_object_is_lost_and_left_stays_left():
@@ -923,7 +928,7 @@ def test_a_batch_holds_each_image_once_and_a_mask_for_every_sentence(many):
     for mask, sentence in zip(batch["masks"], chosen, strict=True):
         full = Image.fromarray(many.mask(sentence.ref).astype(np.uint8))
         assert (mask.numpy() == np.asarray(full.resize((24, 24), Image.NEAREST))).all()
-    assert torch.equal(batch["images"][0], data.preprocess(many.image(image), 24))
+    assert torch.equal(batch["images"][0], risclip.preprocess(many.image(image), 24))
 
 
 def test_two_sentences_of_one_ref_share_the_work(many, monkeypatch):
@@ -964,18 +969,18 @@ def test_batches_are_the_same_for_any_number_of_workers(many):
 
 
 def test_preprocess_squashes_the_whole_image_and_normalises():
-    image = Image.new("RGB", (60, 20), tuple(round(255 * m) for m in data.MEAN))
+    image = Image.new("RGB", (60, 20), tuple(round(255 * m) for m in risclip.MEAN))
     image.paste((255, 255, 255), (30, 0, 60, 20))
-    pixels = data.preprocess(image, 16)
+    pixels = risclip.preprocess(image, 16)
     assert pixels.shape == (3, 16, 16) and pixels[:, :, :6].abs().max() < 0.02
-    white = (1 - torch.tensor(data.MEAN)) / torch.tensor(data.STD)
+    white = (1 - torch.tensor(risclip.MEAN)) / torch.tensor(risclip.STD)
     assert torch.allclose(pixels[:, :, 10:], white.view(3, 1, 1).expand(3, 16, 6), atol=0.01)
 
 
 # ---- check, commands ------------------------------------------------------------------------------------------------
 
 def check(capsys, *argv):
-    code = data.run(data.main, data.parse_args(["check", *map(str, argv)]))
+    code = files.run(data.main, data.parse_args(["check", *map(str, argv)]))
     return code, capsys.readouterr()
 
 
@@ -1016,9 +1021,9 @@ def test_check_names_an_unknown_split(tmp_path, capsys):
 def test_masks_that_are_all_empty_are_one_doubt(tmp_path):
     nothing = [box(-9, -9, 5, 5)]
     write_set(tmp_path, segmentations={r["ref_id"]: nothing for r in REFS})
-    assert data.doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
+    assert check.doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
     write_instances(tmp_path, "refcoco", REFS, {0: nothing, 1: nothing})
-    assert data.doubts(RefCOCO(tmp_path, "refcoco", "train")) == []
+    assert check.doubts(RefCOCO(tmp_path, "refcoco", "train")) == []
 
 
 def test_check_reads_own_json(tmp_path, capsys):
@@ -1036,7 +1041,7 @@ def test_check_reads_own_json(tmp_path, capsys):
 def test_a_file_that_may_not_be_used_is_one_line(error, capsys):
     def main(args):
         raise error
-    assert data.run(main, None) == 2
+    assert files.run(main, None) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "locked/config.json" in printed
 
@@ -1044,10 +1049,10 @@ def test_a_file_that_may_not_be_used_is_one_line(error, capsys):
 def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):
     """Nothing asks for it, and its sentences would be left out without a word."""
     right = [A | {"split": split} for split in ("train", "val", "test", "testA", "testB")]
-    assert data.doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
+    assert check.doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
     path = write_own(tmp_path, *right, B | {"split": "validation"}, B | {"split": "trian"})
     line = "refs of unknown splits: 'trian', 'validation'"
-    assert data.doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
+    assert check.doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
     code, printed = check(capsys, "--root", tmp_path, "--dataset", path)
     assert code == 1 and f"- {line}\n" in printed.out
 
@@ -1061,18 +1066,18 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_2(tmp_path, capsys, data
 def test_an_error_cannot_write_to_the_terminal(capsys):
     def fail(args):
         raise DataError("two\nlines \x1b[31m")
-    assert data.run(fail, None) == 2
+    assert files.run(fail, None) == 2
     assert capsys.readouterr().err == "error: two lines ?[31m\n"
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    data.write_text(tmp_path / "x", "old")
+    files.write_text(tmp_path / "x", "old")
     monkeypatch.setattr(data, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="x cannot be written .No space left"):
-        data.write_text(tmp_path / "x", "new")
+        files.write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
     with pytest.raises(DataError, match="cannot be written"):
-        data.write_text(tmp_path / "nowhere" / "x", "new")
+        files.write_text(tmp_path / "nowhere" / "x", "new")
 
 
 # ---- Photographs ----------------------------------------------------------------------------------------------------

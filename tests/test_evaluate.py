@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import DataError, RefCOCO
+from data import RefCOCO
+from support.files import DataError
 from evaluate import RISMetrics, best_map_readout, letterbox, letterbox_box, masks_from_output
 from risclip import RISCLIP
 
@@ -192,7 +193,7 @@ def test_extremes_take_the_best_sentence_of_each_image(monkeypatch):
              for i, t, score in ((0, "poor", 0.1), (0, "best", 0.9), (1, "only", 0.5), (2, "left out", 0.2))]
     drawn = []
     monkeypatch.setattr(evaluate, "panel", lambda pictures, caption: drawn.append(caption) or image)
-    evaluate.extremes(cases, lambda case: case[3][0][1], count=2)
+    figures.extremes(cases, lambda case: case[3][0][1], count=2)
     assert drawn == ["best (0.90)", "only (0.50)"]
 
 
@@ -228,9 +229,11 @@ def test_numbers_that_mean_nothing_are_refused(flag, value, capsys):
 
 
 def test_unknown_split_and_checkpoint_are_one_line_and_exit_code_2(world, checkpoint, capsys):
-    import data
+import data
+from support import figures
+from support import files
     args = evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "testA"])
-    assert data.run(evaluate.main, args) == 2
+    assert files.run(evaluate.main, args) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "testA" in error and "\n" not in error
-    assert data.run(evaluate.main, evaluate.parse_args(["no/such/run", "--data-root", str(world)])) == 2
+    assert files.run(evaluate.main, evaluate.parse_args(["no/such/run", "--data-root", str(world)])) == 2

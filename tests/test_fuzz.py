@@ -19,8 +19,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
-from data import DataError, RefCOCO, Samples
-from risclip import CONFIGS, read_config, read_safetensors
+from data import RefCOCO, Samples
+from risclip import CONFIGS
+from support import check, files, images
+from support.checkpoint import read_config, read_safetensors
+from support.files import DataError
 
 EXAMPLES = 170  # of each reader
 
@@ -80,7 +83,7 @@ def as_json(record):
 def read_all(root, dataset):
     """Opens every split's sentences and makes every sample."""
     opened = RefCOCO(root, dataset, "train")
-    data.doubts(opened)
+    check.doubts(opened)
     samples = Samples(opened, 8)
     for item in data.plan_eval(opened, 3)[0]:
         sample = samples[item]
@@ -143,8 +146,8 @@ def own_list(folder):
 
 def picture(folder):
     path = folder / "picture"
-    return (path, st.one_of(*(bytes_changed(a_picture(form)) for form in data.FORMATS)),
-            lambda: (data.image_size(path), data.open_image(path).getpixel((0, 0))))
+    return (path, st.one_of(*(bytes_changed(a_picture(form)) for form in image_files.FORMATS)),
+            lambda: (image_files.image_size(path), image_files.open_image(path).getpixel((0, 0))))
 
 
 def config(folder):
@@ -186,7 +189,7 @@ def test_a_changed_file_is_read_or_refused(tmp_path, reader, times):
 def test_an_absurd_size_or_nesting_is_refused(tmp_path, reader):
     path, _, read = reader(tmp_path)
     path.touch()
-    os.truncate(path, data.MAX_BYTES + 1)  # a hole: it takes no disk
+    os.truncate(path, files.MAX_BYTES + 1)  # a hole: it takes no disk
     with pytest.raises(DataError, match="MiB: is it the right file"):
         read()
     depth = 1_000_000

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 import train
-from risclip import find_checkpoint
+from support import files
+from support.checkpoint import find_checkpoint
 
 REPOSITORY = Path(train.__file__).parent
 STEPS = 6
@@ -41,7 +41,7 @@ def trains(flags, errors=None, largest_file=None):
     for settings in train.SETTINGS.values():
         settings["save_every"] = 2
     train.report = lambda *_: None
-    sys.exit(data.run(train.main, train.parse_args(flags)))
+    sys.exit(files.run(train.main, train.parse_args(flags)))
 
 
 def stderr(out):

@@ -14,6 +14,7 @@ from pycocotools import mask as coco
 import data
 import predict
 from risclip import RISCLIP
+from support import files, images
 
 REPOSITORY = Path(predict.__file__).parent
 
@@ -46,7 +47,7 @@ def write(folder, lines):
 def predicted(checkpoint, folder, *flags):
     """-> exit code, out.jsonl's records by line number (each once)."""
     out = folder / "out.jsonl"
-    code = data.run(predict.main, predict.parse_args([str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
+    code = files.run(predict.main, predict.parse_args([str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
                                                       str(out), *flags]))
     records = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
     assert len({r["line"] for r in records}) == len(records)
@@ -54,7 +55,7 @@ def predicted(checkpoint, folder, *flags):
 
 
 def test_masks_are_those_of_segment_and_images_are_opened_once(checkpoint, folder, monkeypatch):
-    opened, open_image = [], data.open_image
+    opened, open_image = [], image_files.open_image
     monkeypatch.setattr(data, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
     code, records = predicted(checkpoint, folder)
     assert code == 0 and opened == ["a.png", "b.png"] and sorted(records) == [1, 2, 3, 4]
@@ -109,7 +110,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_mends_a_torn_line(checkpoint, fo
     out = folder / "out.jsonl"
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1] + lines[2][:20])
-    opened, open_image = [], data.open_image
+    opened, open_image = [], image_files.open_image
     monkeypatch.setattr(data, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
     code, records = predicted(checkpoint, folder)
     assert code == 0 and opened == ["b.png"] and out.read_bytes().startswith(lines[0] + lines[1])  # both of a.png
@@ -123,7 +124,7 @@ def test_a_file_of_something_else_is_refused_and_stays(checkpoint, folder, capsy
         (folder / "out.jsonl").write_bytes(content)
         args = predict.parse_args([str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
                                    str(folder / "out.jsonl")])
-        assert data.run(predict.main, args) == 2 and "no output of --jsonl" in capsys.readouterr().err
+        assert files.run(predict.main, args) == 2 and "no output of --jsonl" in capsys.readouterr().err
         assert (folder / "out.jsonl").read_bytes() == content
 
 
@@ -144,10 +145,10 @@ def test_flags_that_do_not_go_together_are_refused(flags):
 def test_flags_may_come_before_the_image_and_every_file_is_another(checkpoint, folder, capsys):
     image, out = folder / "a.png", folder / "overlay.png"
     args = [str(checkpoint), "--out", str(out), str(image), "the red circle"]
-    assert data.run(predict.main, predict.parse_args(args)) == 0 and out.exists()
+    assert files.run(predict.main, predict.parse_args(args)) == 0 and out.exists()
     before = image.read_bytes()
     for flags in (["--out", str(image)], ["--mask", str(image)], ["--mask", str(out)]):
-        assert data.run(predict.main, predict.parse_args([*args, *flags])) == 2
+        assert files.run(predict.main, predict.parse_args([*args, *flags])) == 2
         assert "each its own" in capsys.readouterr().err and image.read_bytes() == before
 
 

@@ -11,10 +11,10 @@ import open_clip
 import pytest
 from test_data import ref, write_set
 
-import ablate
 import data
 import evaluate
 import train
+from experiments import ablate
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 MODULES = ("ablate", "bench", "data", "evaluate", "fusions", "kernels", "predict", "risclip", "shapes",

@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 import risclip
-from data import DataError
-from risclip import CONFIGS, RISCLIP, Adapter, Attention, Decoder, build_clip, image_layer, text_layer
+from kernels import attention
+from risclip import (
+    CONFIGS,
+    RISCLIP,
+    Adapter,
+    Attention,
+    Decoder,
+    build_clip,
+    image_layer,
+    text_layer,
+)
+from support import checkpoint
+from support.files import DataError
 
 SENTENCES = ["the small red circle", "square", "the blue star left of the large green triangle that is above the cross"]
 
@@ -250,7 +261,7 @@ def test_every_path_of_attention_is_softmax_of_scaled_products(dtype, learns, qu
     ours = [torch.randn(2, 3, n, 8).to(dtype).requires_grad_(learns) for n in (queries, keys, keys)]
     q, k, v = exact = [x.detach().double().requires_grad_() for x in ours]
     keep = torch.arange(keys) < torch.tensor([[keys - 2], [keys - 4]]) if masked else torch.ones(2, keys).bool()
-    y = risclip.attend(*ours, keep[:, None, None] if masked else None, causal)
+    y = attention.attend(*ours, keep[:, None, None] if masked else None, causal)
     scores = (q @ k.transpose(2, 3) / 8 ** 0.5).masked_fill(~keep[:, None, None], -torch.inf)
     if causal:
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
@@ -287,7 +298,7 @@ def test_lower_layers_run_once_for_all_sentences_of_an_image(tiny):
 
 
 def test_recomputing_keeps_less_and_changes_no_bit_of_a_gradient(tiny):
-    from bench import kept_bytes
+    from experiments.bench_model import kept_bytes
     tiny.requires_grad_(True).clip.requires_grad_(False)
     images, tokens, found = torch.randn(2, 3, 96, 96), tiny.tokenize(SENTENCES[:2]), []
     assert on_meta("B").recompute and not tiny.recompute
@@ -352,7 +363,7 @@ def test_a_checkpoint_loads_whole_or_not_at_all(tiny, tmp_path):
 
 def test_other_frozen_weights_than_in_training_are_refused(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
-    config = (tmp_path / "config.json").read_text().replace(risclip.fingerprint(tiny.clip), "0" * 16)
+    config = (tmp_path / "config.json").read_text().replace(checkpoint.fingerprint(tiny.clip), "0" * 16)
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(DataError, match="trained on other CLIP weights"):
         RISCLIP.from_pretrained(tmp_path)

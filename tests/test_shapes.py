@@ -8,9 +8,11 @@ import re
 import numpy as np
 import pytest
 
-import shapes
-from data import DataError, RefCOCO
-from shapes import Captioned, Scenes, draw_palette, draw_scene, draw_words, expressions, statement, write_shapes
+from data import RefCOCO
+from miniature import pretrain, shapes
+from miniature.pretrain import Captioned, Scenes, statement
+from miniature.shapes import draw_palette, draw_scene, draw_words, expressions, write_shapes
+from support.files import DataError
 
 SIZES = {"small": "small", "little": "small", "large": "large", "big": "large"}
 LINKS = [("left of", r"(?:that is )?(?:to the )?left of"), ("right of", r"(?:that is on the |to the )?right of"),
@@ -180,7 +182,7 @@ def test_lessons_go_from_single_shapes_to_whole_scenes():
 
 def test_a_window_is_where_its_caption_says():
     """What is said of a place, and what is true, is about the whole scene in which the picture has its window."""
-    lesson = shapes.Lesson(1, 3, 40, (1, 1), said=(1, 0, 0))
+    lesson = pretrain.Lesson(1, 3, 40, (1, 1), said=(1, 0, 0))
     _, texts, _, corners = Captioned(1, 32, 0, (lesson,))[0]
     for text, (top, left) in zip(texts, corners):  # a shape in a picture of 40 pixels lies 10 or more from its edges
         if "leftmost" in text or "the left" in text:

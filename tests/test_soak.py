@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train
+from support import runs
 
 STEPS = int(os.environ.get("RISCLIP_SOAK", 20_000))
 FIRST = min(2000, STEPS // 3)  # by then it has all that it needs
@@ -32,13 +33,13 @@ def soaks(file, flags):
     """What this file does as a script: it trains, and writes a line of what it takes after each checkpoint."""
     torch.set_num_threads(1)
     train.SETTINGS["tiny", 1]["save_every"] = FIRST
-    train.report, save = (lambda *_: None), train.save_checkpoint
+    train.report, save = (lambda *_: None), runs.save_checkpoint
 
     def saves(out, stage, step, *more):
         save(out, stage, step, *more)
         with open(file, "a") as lines:
             print(json.dumps(takes(step)), file=lines)
-    train.save_checkpoint = saves
+    runs.save_checkpoint = saves
     args = train.parse_args(flags)
     args.changes = {"adapter_layers": 1, "cfe_layers": 1, "ske_layers": 1}
     train.main(args)

@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import evaluate
-import parallel
+from support import processes
 import train
 from data import RefCOCO
-from risclip import RISCLIP, TINY_CLIP, find_checkpoint
+from miniature.clip import TINY_CLIP
+from risclip import RISCLIP
+from support.checkpoint import find_checkpoint
 from train import main, parse_args, patch_target
 
 REPOSITORY = Path(train.__file__).parent
@@ -117,7 +119,7 @@ def test_a_stopped_run_resumes_bit_for_bit(world, run, tmp_path, monkeypatch, st
             (out / "stage1-000003").symlink_to(run / "stage1-000003", target_is_directory=True)
     common = ("--stage", stage, "--steps", 5)
     main(arguments(world, tmp_path / "whole", *common))
-    kept = train.save_checkpoint
+    kept = runs.save_checkpoint
 
     def dies(out, stage, step, *more):
         kept(out, stage, step, *more)
@@ -222,7 +224,7 @@ def test_the_loss_of_stage_0_keeps_to_the_device_of_its_batch():
             clip = CLIP(**TINY_CLIP)
             clip.register_buffer("seen", torch.zeros(clip.vocab_size, dtype=torch.bool))
             whole, images = torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3, 96, 96)
-        train.contrastive_loss(clip, {"images": images, "tokens": whole, "truth": whole, "corners": whole})
+        pretrain.contrastive_loss(clip, {"images": images, "tokens": whole, "truth": whole, "corners": whole})
 
 
 def test_the_shipped_clip_is_small():
@@ -305,7 +307,7 @@ def test_two_processes_resume_what_one_began_and_share_batch_norms_statistics(wo
 def refused(capsys, args, *words):
     """Runs a command line that must be refused, and looks for the words in its one line."""
     capsys.readouterr()
-    assert data.run(main, args) == 2
+    assert files.run(main, args) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error, error
     assert all(word in error for word in words), error
@@ -338,7 +340,7 @@ def test_images_that_cannot_be_read_are_one_line(world, tmp_path, capsys):
     own = tmp_path / "own.json"
     own.write_text(json.dumps([{"image": "a.png", "polygons": [[0, 0, 9, 0, 9, 9]], "sentences": ["a cup"]}]))
     args = arguments(world, tmp_path / "o", "--dataset", own, "--steps", 1)
-    assert data.run(main, args) == 2 and "none of" in capsys.readouterr().err
+    assert files.run(main, args) == 2 and "none of" in capsys.readouterr().err
 
 
 def test_the_split_that_is_measured_chooses_no_threshold(photos, tmp_path, monkeypatch):
@@ -450,7 +452,7 @@ def test_a_doubtful_data_set_is_warned_about_at_the_start(world, tmp_path, capsy
     root = tmp_path / "world"
     shutil.copytree(world, root)
     path = root / "shapes" / "refs(shapes).p"
-    refs = data.load_refs(path)
+    refs = unpickle.load_refs(path)
     train_refs = [r for r in refs if r["split"] == "train"]
     train_refs[1]["sentences"][0]["sent_id"] = train_refs[0]["sentences"][0]["sent_id"]
     next(r for r in refs if r["split"] == "test")["split"] = "tset"
@@ -553,7 +555,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(world, tmp_p
 
 def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
     """B's architecture with random weights, both stages, every protocol, on RefCOCO's own layout."""
-    import predict
+import predict
     flags = ["--backbone", "B", "--dataset", "refcoco", "--data-root", str(photos), "--clip", "random", "--image-size",
              "64", "--steps", "2", "--batch-size", "2", "--workers", "0", "--out", str(tmp_path)]
     main(parse_args(flags))
@@ -570,13 +572,18 @@ def test_b_trains_and_segments_photographs_at_a_small_size(photos, tmp_path):
 
 
 def test_predict_refuses_a_mistake_and_writes_nothing(run, world, tmp_path, capsys):
-    import predict
+import predict
+from miniature import clip
+from miniature import pretrain
+from support import files
+from support import unpickle
+from support import runs
     image = next((world / "images" / "shapes").iterdir())
     for flags, words in (([str(run), str(tmp_path / "no.jpg"), "x"], "no such image"),
                          ([str(run), str(image), " "], "empty sentence"),
                          ([str(run), str(image), "x", "--mask", str(tmp_path / "m.xyz")], ".xyz"),
                          ([str(tmp_path / "none"), str(image), "x"], "none")):
-        assert data.run(predict.main, predict.parse_args([*flags, "--out", str(tmp_path / "o.png")])) == 2
+        assert files.run(predict.main, predict.parse_args([*flags, "--out", str(tmp_path / "o.png")])) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and words in error
     assert not list(tmp_path.iterdir())

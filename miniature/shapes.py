@@ -10,13 +10,12 @@ import os
 import pickle
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214), "yellow": (238, 200, 40),
@@ -317,135 +316,8 @@ def write_shapes(root, images, seed, limits=100):
     aside.replace(whole)
 
 
-# ---- For the tiny CLIP ----------------------------------------------------------------------------------------------
-# A caption is a statement that is true or false of any scene, so that a batch knows which of its captions hold for
-# which of its scenes.
-
-class Scenes:
-    """Attributes of the shapes of S scenes as arrays (S, 6), to evaluate statements on; absent shapes match nothing."""
-
-    def __init__(self, scenes):
-        def column(name, absent=0.0):
-            return np.array([[getattr(o, name) for o in shapes] + [absent] * (6 - len(shapes)) for shapes in scenes])
-        self.words = column("size", ""), column("colour", ""), column("kind", "")
-        self.at = column("x"), column("y")
-
-    def related(self, relation):
-        """(S, 6, 6) bool: the first shape has the relation to the second."""
-        dx, dy = (c[:, :, None] - c[:, None] for c in self.at)
-        if relation == "closest to":
-            return (np.hypot(dx, dy) < NEAR) & ~np.eye(6, dtype=bool)
-        axis, sign = RELATIONS[relation]
-        return sign * (dx, dy)[axis] > 5
-
-    def match(self, words):
-        """(S, 6) bool: the shapes that a partial (size, colour, kind) describes."""
-        fit = self.words[0] != ""
-        for have, want in zip(self.words, words):
-            fit = fit & (have == want) if want else fit
-        return fit
-
-
-def statement(shapes, rng, shares):
-    """Something true of the scene -> (text, function of Scenes that gives its truth for each scene, (S,) bool).
-
-    shares: how many of the statements say an object's place, a relation or a rank; the others say what it is.
-    """
-    o, whole = rng.choice(shapes), rng.random() < 0.3  # colours are the first that is learned: they are said least
-    words = tuple(w if whole or rng.random() < p else None for w, p in ((o.size, 0.5), (o.colour, 0.3), (o.kind, 0.7)))
-    words = words if any(words) else (None, o.colour, o.kind)
-    article, draw = rng.choice(("a ", "the ", "")), rng.random()
-    name, until = _phrase(words, rng), np.cumsum(shares)
-    if draw < until[0]:  # a place; the middle of the scene has no word of its own
-        far = [(wall, axis, sign) for wall, (axis, sign) in WALL.items() if sign * ((o.x, o.y)[axis] - SCENE / 2) < -10]
-        if far:
-            wall, axis, sign = rng.choice(far)
-            where = f"{article}{name} {rng.choice(('at', 'on', 'in'))} the {wall}"
-            return (rng.choice((where, *_ranked(name, wall, 0))),
-                    lambda batch: (batch.match(words) & (sign * (batch.at[axis] - SCENE / 2) < -5)).any(1))
-    elif draw < until[1]:  # a relation
-        other = rng.choice(shapes)
-        others = tuple(w if rng.random() < 0.6 else None for w in (other.size, other.colour, other.kind))
-        true = [r for r, (axis, sign) in RELATIONS.items() if sign * ((o.x, o.y)[axis] - (other.x, other.y)[axis]) > 8]
-        if other is not o and math.hypot(o.x - other.x, o.y - other.y) < NEAR:
-            true.append("closest to")
-        if true:
-            relation = rng.choice(true)
-            return (f"{article}{name} {rng.choice(_LINKS[relation])} {article}{_phrase(others, rng)}",
-                    lambda batch: (batch.match(words)[:, :, None] & batch.match(others)[:, None] &
-                                   batch.related(relation)).any((1, 2)))
-    elif draw < until[2]:  # a rank among those alike
-        wall, (axis, sign) = rng.choice(list(WALL.items()))
-        alike = sorted((s for s in shapes if _matches(s, words)), key=lambda s: sign * (s.x, s.y)[axis])
-        place = alike.index(o)
-        unsaid = [i for i in range(3) if words[i] is None]
-        if place < 3 and unsaid and len(alike) > 1:
-            i = rng.choice(unsaid)
-            tell = (rng.choice(SIZE_WORDS[o.size]), o.colour, f"a {o.kind}")[i]
-
-            def holds(batch):
-                key = np.where(batch.match(words), sign * batch.at[axis], 1e9)
-                nth = np.argsort(key, axis=1)[:, place:place + 1]
-                right = np.take_along_axis(batch.words[i], nth, 1) == (o.size, o.colour, o.kind)[i]
-                return (right & (np.take_along_axis(key, nth, 1) < 1e9))[:, 0]
-            return f"{rng.choice(_ranked(name, wall, place))} is {tell}", holds
-    return article + name, lambda batch: batch.match(words).any(1)
-
-
 def _ranked(name, wall, place):
     if place:
         return [f"the {('second', 'third')[place - 1]} {name} from the {wall}"]
     most = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}[wall]
     return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a share of the tiny CLIP's batches shows."""
-
-    share: float
-    times: int  # pictures, by the batch size
-    side: int  # of a picture, pixels
-    objects: tuple[int, int]  # in a picture, the fewest and the most
-    layouts: int = 1  # pictures in a row of the same objects: only their places tell them apart
-    said: tuple[float, float, float] = (0, 0, 0)  # shares of statement()
-
-
-# Words are learned in small pictures, which cost a fraction of a scene: what a shape is and where in the scene its
-# window lies, then how two shapes lie to each other; in whole scenes, which patches all that is about.
-LESSONS = (Lesson(0.2, 3, 40, (1, 1), said=(0.5, 0, 0)),
-           Lesson(0.48, 3, 56, (1, 2), layouts=4, said=(0.2, 0.3, 0.1)),
-           Lesson(0.32, 1, SCENE, (3, 6), layouts=2, said=(0.1, 0.15, 0.1)))
-ALIKE = 8  # pictures in a row that have the same few colours and kinds: only whole descriptions tell them apart
-
-
-class Captioned(Dataset):
-    """Batch i of `batches`, drawn when asked for: images (I, side, side, 3) uint8, C captions, truth (I, C) bool, and
-    the corners (I, 2), top and left in patches of 8 pixels, where each picture's window lies in a whole scene.
-    """
-
-    def __init__(self, batches, batch_size, seed, lessons=LESSONS):
-        self.batches, self.batch_size, self.seed, self.lessons = batches, batch_size, seed, lessons
-
-    def __len__(self):
-        return self.batches
-
-    def __getitem__(self, i):
-        rng, scenes, images, corners = random.Random(f"captioned {self.seed} {i}"), [], [], []
-        ends = np.cumsum([lesson.share for lesson in self.lessons])
-        lesson = self.lessons[int((i >= ends[:-1] / ends[-1] * self.batches).sum())]
-        free = (SCENE - lesson.side) // 8
-        while len(scenes) < lesson.times * self.batch_size:
-            if len(scenes) % ALIKE == 0:
-                palette, count = draw_palette(rng), rng.randint(*lesson.objects)
-            if len(scenes) % lesson.layouts == 0:
-                words = draw_words(rng, palette, count)
-            shapes, image, _ = draw_scene(rng, words, lesson.side)
-            top, left = rng.randint(0, free), rng.randint(0, free)
-            scenes.append([replace(o, x=o.x + 8 * left, y=o.y + 8 * top) for o in shapes])
-            images.append(image)
-            corners.append((top, left))
-        said = [statement(shapes, rng, lesson.said) for shapes in scenes * min(lesson.objects[1], 4)]
-        batch = Scenes(scenes)
-        truth = np.stack([holds(batch) for _, holds in said], axis=1)
-        return np.stack(images), [text for text, _ in said], truth, np.array(corners)

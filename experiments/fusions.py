@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DataError
 from risclip import Attention
+from support.files import DataError
 
 
 class MHSAOnConcat(nn.Module):

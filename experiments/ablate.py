@@ -28,10 +28,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import evaluate
 import train
-from data import DataError
-from evaluate import MASK, check_writable, evaluate, evolution, save_picture
-from risclip import CONFIGS, RISCLIP, TINY_CLIP, is_stored
+from evaluate import MASK
+from miniature.clip import TINY_CLIP
+from risclip import CONFIGS, RISCLIP
+from support.checkpoint import is_stored
+from support.figures import evolution
+from support.files import DataError, check_writable, read_json, run, too_small, write_text
+from support.pictures import save_picture
+from support.runs import alone
 
 SENTENCE = "the large red circle to the left of the small blue square"  # what a forward pass is counted on
 FULL = (62.64, 62.02)  # the paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split
@@ -124,7 +130,7 @@ def run_cell(args, change, seed, learn, held_out):
              "stage 1": train.stage_settings(run, 1), "stage 2": train.stage_settings(run, 2)}
     asked, file = json.loads(json.dumps(asked)), run.out / "cell.json"
     if file.exists():
-        saved = data.read_json(file)
+        saved = read_json(file)
         before = saved.get("asked", {}) if isinstance(saved, dict) else {}
         if changed := [f"{k} was {before.get(k)}, now {v}" for k, v in asked.items() if before.get(k) != v]:
             raise DataError(f"{file} is of another run ({changed[0]}): give another --out, or remove {run.out}")
@@ -134,7 +140,7 @@ def run_cell(args, change, seed, learn, held_out):
     model = train_cell(run, change, learn)
     result = evaluate(model, held_out, workers=run.workers, limit=args.limit)[MASK]
     result |= costs(model) | {"asked": asked}
-    data.write_text(file, json.dumps(result, indent=1) + "\n")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -219,7 +225,7 @@ def parse_args(argv=None):
     args.run = train.parse_args(["--backbone", args.backbone, "--resume", *rest])
     if (args.run.stage, args.run.modules, args.run.seed) != ("all", None, 0):
         parser.error("--stage, --modules and --seed are what a table varies: leave them out")
-    if wrong := data.too_small(args, seeds=1, limit=1):
+    if wrong := too_small(args, seeds=1, limit=1):
         parser.error(wrong)
     if args.backbone == "B":  # Sec. 4.4
         args.run.image_size = args.run.image_size or 240
@@ -233,7 +239,7 @@ def main(args):
         check_writable(args.json)
     train.check_run(argparse.Namespace(**vars(args.run) | {"out": args.out}), (1, 2))
     check_writable(args.out / "cell.json")
-    with train.alone(args.out):
+    with alone(args.out):
         return run_table(args)
 
 
@@ -256,10 +262,10 @@ def run_table(args):
         figure_1(args, held_out)
         written.append(args.out / "figure1.png")
     if args.json:
-        data.write_text(args.json, json.dumps({"table": args.table, "rows": results}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"table": args.table, "rows": results}, indent=1) + "\n")
         written.append(args.json)
     print(f"\nwrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.run(main, parse_args()))
+    sys.exit(run(main, parse_args()))

@@ -1,0 +1,33 @@
+"""How a model is run, not what it computes: precision, and batches that fit a cache."""
+
+import torch
+
+
+def computes_bf16(device):
+    """Whether a device has instructions for bf16. A CPU without them takes a hundred times as long
+    as for fp32, and the locator then stays in fp32."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast(model, device):
+    """A context in the locator's precision (Table A1): bf16 if the config says so and the device
+    has instructions for it."""
+    bf16 = model.config.precision == "bf16" and computes_bf16(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def outputs(model, pixels, texts, at_once=None):
+    """Yields the model's output for the first sentences of one image, for the next ones, and so on.
+
+    pixels (1, 3, S, S). The image layers below the first CFE run once for all sentences.
+    at_once: by default 8, since at 640 pixels each sentence takes half a gigabyte in the decoder;
+    on a CPU as many as have 2,000 patches, since what is larger leaves its cache.
+    """
+    patches = (model.config.image_size // model.patch_size) ** 2
+    at_once = at_once or (8 if pixels.is_cuda else max(1, min(8, 2000 // patches)))
+    with autocast(model, pixels.device):
+        lower = model.lower_layers(pixels)
+    for first in range(0, len(texts), at_once):
+        tokens = model.tokenize(texts[first:first + at_once]).to(pixels.device)
+        image_index = torch.zeros(len(tokens), dtype=torch.long, device=pixels.device)
+        yield model(pixels, tokens, image_index, lower)
