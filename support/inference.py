@@ -31,3 +31,24 @@ def outputs(model, pixels, texts, at_once=None):
         tokens = model.tokenize(texts[first:first + at_once]).to(pixels.device)
         image_index = torch.zeros(len(tokens), dtype=torch.long, device=pixels.device)
         yield model(pixels, tokens, image_index, lower)
+
+
+def autocast_dtype(x):
+    """x in autocast's dtype, once for all products that take it: backward would keep a copy each.
+    """
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if on else x
+
+
+def store_frozen_matrices(model):
+    """Keeps frozen CLIP's matrices in the locator's precision, in which autocast would otherwise
+    cast them in every pass. Call it once the model is on its device."""
+    config, device = model.config, model.map_threshold.device
+    if config.fine_tuned or config.ships_clip:  # they are trained, or saved with a checkpoint
+        return
+    bf16 = config.precision == "bf16" and computes_bf16(device)
+    for block in (*model.image_blocks, *model.text_blocks):
+        for p in block.parameters():
+            if p.ndim == 2:
+                p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
