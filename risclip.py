@@ -23,26 +23,22 @@ Figure 2 is RISCLIP.forward, a line for each box.
 """
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.attention import attend
 from miniature.clip import TINY_CLIP, build_tiny_clip
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import DataError
-from support.image_files import rgb
-from support.inference import autocast, autocast_dtype
-from support.weights import load_open_clip, seeded
+from support.image_files import preprocess
+from support.inference import autocast, autocast_dtype, recomputed, tokenize
+from support.weights import load_open_clip, patch_size, seeded
 
 
 @dataclass(frozen=True)
@@ -99,38 +95,20 @@ CONFIGS = {
 
 # ---- Sec. 3.1: frozen CLIP ---------------------------------------------------------------------
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, both sources of weights
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalise(pixels):
-    """uint8 (..., 3, H, W) -> float32 with CLIP's mean and deviation."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: one block of memory, not four
-
-
-def preprocess(image, size):
-    """PIL image -> (3, S, S) float32: squashed to the square (bicubic, antialiased), normalised."""
-    squashed = (image if image.mode == "RGB" else rgb(image)).resize((size, size), Image.BICUBIC)
-    return normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1))
-
-
 def check_image_size(config):
     """Raises DataError unless the image is a whole number of patches. Builds nothing."""
-    known = TINY_CLIP if config.ships_clip else open_clip.get_model_config(config.clip_name)
-    patch = known["vision_cfg"]["patch_size"]
+    patch = patch_size(config.clip_name) or TINY_CLIP["vision_cfg"]["patch_size"]
     if config.image_size < patch or config.image_size % patch:
-        raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size "
-                        f"{patch}")
+        raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size {patch}")
 
 
 def build_clip(config):
     """open_clip's CLIP, its position embeddings resized to the image (bicubic, antialiased).
 
-    `config.clip` is "pretrained" (the paper's weights, downloaded once; the miniature's ship),
-    "random" (seed 0, to try the code) or a weight file. Raises DataError if the weights cannot be
-    had.
+    `config.clip`: "pretrained" (the paper's weights, downloaded once; the miniature's ship),
+    "random" (of seed 0) or a weight file. Raises DataError if the weights cannot be had.
     """
+    check_image_size(config)
     with seeded(0):
         if config.ships_clip:
             return build_tiny_clip(config.image_size, config.clip)
@@ -198,10 +176,15 @@ class Adapter(nn.Module):
                                self.scale)
 
 
-def make_adapters(layers, last, width, bottleneck, scale):
-    """A pair per layer, after MHSA and after MLP; identities below the last `last` layers."""
+def make_adapters(config, layers, width, bottleneck):
+    """A pair per layer, after MHSA and after MLP; identities where the config wants none."""
+    last = layers if config.adapter_layers is None else config.adapter_layers
+    first = layers - last if "adapter" in config.modules else layers
+
     def one(layer):
-        return Adapter(width, bottleneck, scale) if layer >= layers - last else nn.Identity()
+        if layer < first:
+            return nn.Identity()
+        return Adapter(width, bottleneck, config.adapter_scale)
     return nn.ModuleList(nn.ModuleList([one(i), one(i)]) for i in range(layers))
 
 
@@ -404,26 +387,25 @@ class RISCLIP(nn.Module):
     def __init__(self, config, fuse=MHCA):
         """fuse: the class of Eq. 2's attention, MHCA or one of experiments/fusions.py."""
         super().__init__()
-        check_image_size(config)
         self.config = config
         self.clip = build_clip(config).eval().requires_grad_(False)
-        image_width = self.visual.conv1.out_channels  # D_v
-        text_width = self.clip.token_embedding.embedding_dim  # D_t
-        shared_width, self.patch_size = self.visual.proj.size(1), self.visual.patch_size[0]
+        self.patch_size = self.visual.patch_size[0]
+        side = config.image_size // self.patch_size
+        self.grid = side, side  # h, w
+        D_v, D_t = self.visual.conv1.out_channels, self.clip.token_embedding.embedding_dim
+        d = self.visual.proj.size(1)
+        image_layers, text_layers = len(self.image_blocks), len(self.text_blocks)
+        cfe_layers = config.cfe_layers if "cfe" in config.modules else 0
+        ske_layers = config.ske_layers if "ske" in config.modules else 0
 
-        def adapters(layers, width, bottleneck):
-            last = layers if config.adapter_layers is None else config.adapter_layers
-            last = last if "adapter" in config.modules else 0
-            return make_adapters(layers, last, width, bottleneck, config.adapter_scale)
         image_bottleneck, text_bottleneck = config.adapter_bottlenecks
-        self.image_adapters = adapters(len(self.image_blocks), image_width, image_bottleneck)
-        self.text_adapters = adapters(len(self.text_blocks), text_width, text_bottleneck)
-        self.cfe = nn.ModuleList(
-            CFE(text_width, image_width, shared_width, config.cfe_heads, config.cfe_scale, fuse)
-            for _ in range(config.cfe_layers if "cfe" in config.modules else 0))
-        self.ske = nn.ModuleList(
-            SKE(shared_width, config.ske_heads, config.ske_scale, fuse)
-            for _ in range(config.ske_layers if "ske" in config.modules else 0))
+        self.image_adapters = make_adapters(config, image_layers, D_v, image_bottleneck)
+        self.text_adapters = make_adapters(config, text_layers, D_t, text_bottleneck)
+        self.cfe = nn.ModuleList(CFE(D_t, D_v, d, config.cfe_heads, config.cfe_scale, fuse)
+                                 for _ in range(cfe_layers))
+        self.image_below, self.text_below = image_layers - cfe_layers, text_layers - cfe_layers
+        self.ske = nn.ModuleList(SKE(d, config.ske_heads, config.ske_scale, fuse)
+                                 for _ in range(ske_layers))
         # The logarithm, as CLIP learns its own temperature: Adam moves every parameter by about
         # the learning rate, which on these two is enough to calibrate the map.
         self.map_log_temperature = nn.Parameter(torch.tensor(config.map_temperature).log())
@@ -461,18 +443,10 @@ class RISCLIP(nn.Module):
     def tokenize(self, texts):
         """Sentences -> BPE token ids (B, T), T of the longest; 0 pads (Sec. 3.1).
 
-        A sentence longer than CLIP's context (77 tokens; tiny's 40) is cut there, with a warning
-        that counts such sentences. Raises DataError for an empty one.
+        A sentence longer than CLIP's context (77 tokens; tiny's 40) is cut there, with a warning.
+        Raises DataError for an empty one.
         """
-        if any(not text.strip() for text in texts):
-            raise DataError("empty sentence: say what to segment")
-        tokens = self.tokenizer(texts)
-        full = torch.nonzero(tokens[:, -1])[:, 0]
-        cut = sum(len(self.tokenizer.encode(texts[i])) + 2 > tokens.size(1) for i in full)
-        if cut:
-            warnings.warn(f"{cut} sentence(s) longer than {tokens.size(1)} tokens were cut",
-                          stacklevel=2)
-        return tokens[:, : int((tokens > 0).sum(1).max())]
+        return tokenize(self.tokenizer, texts)
 
     def forward(self, images, tokens, image_index=None, lower=None):
         """Figure 2. images (I, 3, S, S) normalised, tokens (B, T), image_index (B,): the image
@@ -481,24 +455,30 @@ class RISCLIP(nn.Module):
         -> {"patch_logits": (B, h, w)} and, once there is a decoder, "mask_logits" (B, 2, S, S).
         lower: lower_layers of the images, if they have been run.
         """
+        B, T = tokens.size()
         eos = tokens.argmax(dim=1)  # [EOS] has the largest id
-        is_word = torch.arange(tokens.size(1), device=tokens.device) <= eos[:, None]  # (B, T)
+        is_word = torch.arange(T, device=tokens.device) <= eos[:, None]  # (B, T)
         with autocast(self, images.device):
-            v, features = self.for_each_sentence(lower or self.lower_layers(images), image_index)
-            t = self.embed_words(tokens)
+            v, features = lower or self.lower_layers(images)
+            if image_index is None:
+                image_index = torch.arange(B, device=tokens.device)
+            # index_select, since the gradient of v[image_index] is summed in any order
+            v, *features = (x.index_select(0, image_index) for x in (v, *features))
+            t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]
             for k in range(self.text_below):
-                t = self.text_layer(k, t)
+                t = text_layer(self.text_blocks[k], t, self.text_adapters[k])
             for m, cfe in enumerate(self.cfe):
                 t, v = cfe(t, v, is_word)
-                t = self.text_layer(self.text_below + m, t)
-                v = self.image_layer(self.image_below + m, v, features)
+                k, i = self.text_below + m, self.image_below + m
+                t = text_layer(self.text_blocks[k], t, self.text_adapters[k])
+                v = self.image_layer(i, v, features)
             t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
             v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
             for ske in self.ske:
-                t, v = self.run_ske(ske, t, v, is_word)
+                t, v = recomputed(ske, t, v, is_word) if self.recompute else ske(t, v, is_word)
         output = {"patch_logits": self.grounding_map(t, v, eos)}
         if self.decoder is not None:
-            features = [self.on_grid(v_i).float() for v_i in features]
+            features = [v_i.transpose(1, 2).unflatten(2, self.grid).float() for v_i in features]
             map_patch = output["patch_logits"].sigmoid()
             output["mask_logits"] = self.decoder(features, map_patch, self.config.image_size)
         return output
@@ -521,15 +501,6 @@ class RISCLIP(nn.Module):
             features.append(v[:, 1:])
         return v
 
-    def text_layer(self, k, t):
-        """Text layer k. t (B, T, D_t) -> the same."""
-        return text_layer(self.text_blocks[k], t, self.text_adapters[k])
-
-    def embed_words(self, tokens):
-        """tokens (B, T) -> the text tower's input (B, T, D_t)."""
-        places = self.clip.positional_embedding[:tokens.size(1)]
-        return self.clip.token_embedding(tokens) + places
-
     def grounding_map(self, t, v, eos):
         """The cosine of V_patch and t_eos, on the scale of a logit. Sec. 3.1, 'Patch-level
         grounding map'.
@@ -541,41 +512,6 @@ class RISCLIP(nn.Module):
         cosine = torch.einsum("bnd,bd->bn", patches, sentence)
         logits = self.map_log_temperature.exp() * (cosine - self.map_threshold)
         return logits.unflatten(1, self.grid)
-
-    @property
-    def grid(self):
-        """(h, w), the patches of an image."""
-        side = self.config.image_size // self.patch_size
-        return side, side
-
-    @property
-    def image_below(self):
-        """How many image layers lie below the first CFE."""
-        return len(self.image_blocks) - len(self.cfe)
-
-    @property
-    def text_below(self):
-        return len(self.text_blocks) - len(self.cfe)
-
-    def on_grid(self, v):
-        """(B, N, D) -> (B, D, h, w)."""
-        return v.transpose(1, 2).unflatten(2, self.grid)
-
-    @staticmethod
-    def for_each_sentence(lower, image_index):
-        """lower_layers of I images -> v and features for B sentences."""
-        if image_index is None:
-            return lower[0], list(lower[1])
-        # index_select, since the gradient of v[image_index] is summed in any order
-        v, *features = (x.index_select(0, image_index) for x in (lower[0], *lower[1]))
-        return v, features
-
-    def run_ske(self, ske, t, v, is_word):
-        """An SKE; while it learns and `recompute` is set, backward computes its insides again."""
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in ske.parameters())
-        if self.recompute and learns:
-            return checkpoint(ske, t, v, is_word, use_reentrant=False)
-        return ske(t, v, is_word)
 
     @torch.inference_mode()
     def segment(self, image, text):

@@ -1,6 +1,7 @@
 import os
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as coco
 
@@ -130,3 +131,21 @@ def decode_mask(segmentation, width, height):
     if any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
         raise ValueError("run lengths that do not add up to the image")
     return coco.decode(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
+
+
+# ---- For the network ---------------------------------------------------------------------------
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, both sources of weights
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(pixels):
+    """uint8 (..., 3, H, W) -> float32 with CLIP's mean and deviation."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: one block of memory, not four
+
+
+def preprocess(image, size):
+    """PIL image -> (3, S, S) float32: squashed to the square (bicubic, antialiased), normalised."""
+    squashed = (image if image.mode == "RGB" else rgb(image)).resize((size, size), Image.BICUBIC)
+    return normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1))

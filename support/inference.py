@@ -1,6 +1,11 @@
 """How a model is run, not what it computes: precision, and batches that fit a cache."""
 
+import warnings
+
 import torch
+from torch.utils.checkpoint import checkpoint
+
+from support.files import DataError
 
 
 def computes_bf16(device):
@@ -52,3 +57,25 @@ def store_frozen_matrices(model):
         for p in block.parameters():
             if p.ndim == 2:
                 p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+
+
+def recomputed(module, *inputs):
+    """module(*inputs). If it learns, backward computes its insides again instead of keeping them.
+    """
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    return checkpoint(module, *inputs, use_reentrant=False) if learns else module(*inputs)
+
+
+def tokenize(tokenizer, texts):
+    """Sentences -> token ids (B, T), T of the longest; 0 pads. What is longer than the tokenizer's
+    context is cut there, with a warning that counts such sentences. Raises DataError for an empty
+    sentence."""
+    if any(not text.strip() for text in texts):
+        raise DataError("empty sentence: say what to segment")
+    tokens = tokenizer(texts)
+    full = torch.nonzero(tokens[:, -1])[:, 0]
+    cut = sum(len(tokenizer.encode(texts[i])) + 2 > tokens.size(1) for i in full)
+    if cut:
+        warnings.warn(f"{cut} sentence(s) longer than {tokens.size(1)} tokens were cut",
+                      stacklevel=3)
+    return tokens[:, : int((tokens > 0).sum(1).max())]

@@ -34,3 +34,9 @@ def load_open_clip(name, tag, source, **options):
             "state dict's file with --clip PATH, or try the code with --clip random") from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def patch_size(name):
+    """Pixels per side of a patch in open_clip's model `name`; None if it knows no such model."""
+    known = open_clip.get_model_config(name)
+    return known and known["vision_cfg"]["patch_size"]
