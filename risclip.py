@@ -99,7 +99,8 @@ def check_image_size(config):
     """Raises DataError unless the image is a whole number of patches. Builds nothing."""
     patch = patch_size(config.clip_name) or TINY_CLIP["vision_cfg"]["patch_size"]
     if config.image_size < patch or config.image_size % patch:
-        raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size {patch}")
+        raise DataError(f"--image-size {config.image_size}: give a multiple of the patch size "
+                        f"{patch}")
 
 
 def build_clip(config):

@@ -1,18 +1,21 @@
-"""The paper's Tables 3, 4 and 5 (Sec. 4.4), Figure 1 from Table 3's models, and what the paper leaves open.
+"""Tables 3, 4 and 5 (Sec. 4.4), Figure 1 from Table 3's models, and what the paper leaves open.
 
-    python ablate.py --table 3                                    the miniature, on the shapes world
-    python ablate.py --table 4 --seeds 3 --markdown --json table4.json
-    python ablate.py --table 5 --backbone B --dataset refcocog --data-root DATA     240 px, 50 epochs, as in Sec. 4.4
-    python ablate.py --table errata                               our readings of the paper against others
+    python -m experiments.ablate --table 3                the miniature, on the shapes data set
+    python -m experiments.ablate --table 4 --seeds 3 --markdown --json table4.json
+    python -m experiments.ablate --table errata           our readings of the paper against others
+    python -m experiments.ablate --table 5 --backbone B --dataset refcocog --data-root DATA
+                                                          240 px and 50 epochs, as in Sec. 4.4
 
-A cell is one model: both stages of train.py with one change and one seed, then evaluate.py on the test split, kept in
-OUT/CELL-SEED with cell.json when it is done. Started again, a killed ablation goes on where it was; tables share cells.
---modules, --stage and --seed are what a table varies; every other flag of train.py is taken as it is. With seeds, the
-table has mean +- sample standard deviation: a difference smaller than twice that says nothing.
+A cell is one model: both stages of train.py with one change and one seed, evaluated on the test
+split and kept in OUT/CELL-SEED, with cell.json once it is done. A killed ablation continues where
+it was, and tables share cells. A table varies --modules, --stage and --seed; every other flag of
+train.py is taken as it is. With several seeds the table has mean +- sample standard deviation: a
+difference smaller than twice that says nothing.
 
-The miniature has half of B's image layers, so Table 5 has half of the paper's counts there, beside the paper's own
-rows. Its text tower has 3 layers: from N = 3 on all of them have Adapters, and Table 5a varies those of the image.
-Its whole model (*) has 2 SKE, a third of B's 6 and not half: in Table 5c it stands beside the paper's N = 4.
+The miniature has half of B's image layers, so its Table 5 has half of the paper's counts, beside
+the paper's own rows. Its text tower has 3 layers: from N = 3 on all of them have Adapters, and
+Table 5a varies those of the image. Its whole model (*) has 2 SKE, a third of B's 6 and not half:
+in Table 5c it stands beside the paper's N = 4.
 """
 
 import argparse
@@ -31,17 +34,21 @@ import data
 import evaluate
 import train
 from evaluate import MASK
+from experiments.fusions import FUSIONS
 from miniature.clip import TINY_CLIP
-from risclip import CONFIGS, RISCLIP
+from risclip import CONFIGS, MHCA, RISCLIP
 from support.checkpoint import is_stored
 from support.figures import evolution
 from support.files import DataError, check_writable, read_json, run, too_small, write_text
 from support.pictures import save_picture
 from support.runs import alone
 
-SENTENCE = "the large red circle to the left of the small blue square"  # what a forward pass is counted on
-FULL = (62.64, 62.02)  # the paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split
-# A row: its name, the change to Config, the paper's mIoU and oIoU; in Table 5 P@0.5, 0.7 and 0.9 before them.
+# FLOPs are counted on a forward pass with this sentence.
+SENTENCE = "the large red circle to the left of the small blue square"
+# The paper's mIoU and oIoU of the whole model, RISCLIP-B on RefCOCOg's test split.
+FULL = (62.64, 62.02)
+# A row: its name, the change to Config, the paper's mIoU and oIoU; Table 5 has P@0.5, 0.7 and 0.9
+# before them.
 TABLE_3 = [
     ("frozen CLIP, decoder", {"modules": ()}, (23.86, 33.13)),
     ("+ Adapters", {"modules": ("adapter",)}, (48.29, 50.98)),
@@ -59,15 +66,17 @@ TABLE_4 = [
     ("SDF, both ways", {"fusion": "sdf-2"}, (60.28, 58.87)),
 ]
 TABLE_5 = {
-    "adapter_layers": {3: (71.81, 55.3, 11.29, 61.40, 60.84), 6: (72.73, 56.53, 11.87, 62.15, 61.33),
+    "adapter_layers": {3: (71.81, 55.3, 11.29, 61.40, 60.84),
+                       6: (72.73, 56.53, 11.87, 62.15, 61.33),
                        9: (72.50, 57.44, 14.03, 62.31, 60.68), 12: (73.19, 57.68, 14.21, *FULL)},
     "cfe_layers": {2: (72.56, 57.05, 14.16, 62.33, 61.34), 4: (72.33, 57.31, 13.89, 62.41, 61.47),
                    6: (73.19, 57.68, 14.21, *FULL)},
     "ske_layers": {2: (72.17, 56.72, 14.23, 62.30, 61.56), 4: (72.73, 57.68, 14.57, 62.79, 61.95),
                    6: (73.19, 57.68, 14.21, *FULL)},
 }
-# What the paper says in passing or not at all, one reading against another: a change to Config, or to how a model
-# learns (train_cell). The miniature's CLIP was made with the value path, so that it cannot judge the plain last layer.
+# What the paper says in passing or not at all, one reading against another: a change to Config, or
+# to how a model learns (train_cell). The miniature's CLIP was made with the value path, so it cannot
+# judge the plain last layer.
 ERRATA = [
     ("as we read the paper", {}, ()),
     ("frozen map: value path (3.1)", {"modules": ()}, ()),
@@ -80,9 +89,11 @@ ERRATA = [
     ("focal loss: alpha 0.5, gamma 0", {"alpha": 0.5, "gamma": 0.0}, ()),
     ("focal loss: alpha 0.25, gamma 2", {"alpha": 0.25, "gamma": 2.0}, ()),
 ]
-FIXED = {"map": ("map_scale", "map_threshold"),  # ends of parameters' names
-         "scalers": (".scale", ".scales", ".text_scale", ".image_scale", ".temperature")}
-TITLES = {"adapter_layers": "Adapters, last N layers", "cfe_layers": "CFE, last N layers", "ske_layers": "SKE, N"}
+FIXED = {"map": ("map_log_temperature", "map_threshold"),  # ends of parameters' names
+         "scalers": (".scale", ".scale_mhca", ".scale_mhsa", ".scale_mlp", ".text_scale",
+                     ".image_scale", ".temperature")}
+TITLES = {"adapter_layers": "Adapters, last N layers", "cfe_layers": "CFE, last N layers",
+          "ske_layers": "SKE, N"}
 
 
 def table_rows(table, backbone):
@@ -91,49 +102,64 @@ def table_rows(table, backbone):
         return {"3": TABLE_3, "4": TABLE_4, "errata": ERRATA}[table]
     rows = []
     for field, papers in TABLE_5.items():
-        own = getattr(CONFIGS[backbone], field) or max(papers) // (1 + (backbone == "tiny"))  # None: all layers
+        half = 2 if backbone == "tiny" else 1
+        own = getattr(CONFIGS[backbone], field) or max(papers) // half  # None: all layers
         for theirs, numbers in papers.items():
-            n = theirs // 2 if backbone == "tiny" else theirs
+            n = theirs // half
             notes = [f"paper: {theirs}"] if n != theirs else []
-            if field == "adapter_layers" and backbone == "tiny" and n > TINY_CLIP["text_cfg"]["layers"]:
+            all_text = backbone == "tiny" and n > TINY_CLIP["text_cfg"]["layers"]
+            if field == "adapter_layers" and all_text:
                 notes.append("all 3 text layers")
-            name = f"{TITLES[field]} = {n}{'*' * (n == own)}" + (f" ({', '.join(notes)})" if notes else "")
+            name = f"{TITLES[field]} = {n}{'*' if n == own else ''}"
+            name += f" ({', '.join(notes)})" if notes else ""
             rows.append((name, {} if n == own else {field: n}, numbers))
     return rows
 
 
 def cell_name(change):
     """{"modules": ("adapter", "cfe")} -> "modules-adapter+cfe"; the unchanged model is "full"."""
-    words = [f"{k}-{'+'.join(v) or 'none' if isinstance(v, tuple) else v}" for k, v in change.items()]
-    return "_".join(words) or "full"
+    def word(value):
+        return "+".join(value) or "none" if isinstance(value, tuple) else value
+    return "_".join(f"{k}-{word(v)}" for k, v in change.items()) or "full"
 
 
-# ---- A cell ---------------------------------------------------------------------------------------------------------
+# ---- A cell ------------------------------------------------------------------------------------
 
 def costs(model):
-    """Parameters that a run trains (both stages), and the operations of a forward pass with one image and sentence."""
-    trained = sum(p.numel() for name, p in model.named_parameters() if is_stored(name, model.config))
-    size = model.config.image_size
-    model = model.cpu().eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # knows no fused one
-        model(torch.zeros(1, 3, size, size), model.tokenize([SENTENCE]))
+    """Parameters that a run trains (both stages), and the FLOPs of a forward pass with one image
+    and one sentence. A parameter that no gradient reaches is not trained: where a fusion shows the
+    text no image, CFE's way back to the text is idle."""
+    size, config = model.config.image_size, model.config
+    model = model.cpu().eval().requires_grad_(True)
+    images, tokens = torch.zeros(1, 3, size, size), model.tokenize([SENTENCE])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images, tokens)  # the counter knows no fused attention
+    model.zero_grad()
+    sum(y.sum() for y in model(images, tokens).values()).backward()
+    trained = sum(p.numel() for name, p in model.named_parameters() if is_stored(name, config)
+                  and (p.grad is not None or name.startswith("clip.")))
     return {"trained_parameters": trained, "flops": counter.get_total_flops()}
 
 
 def run_cell(args, change, seed, learn, held_out):
-    """Trains and evaluates one cell, or reads what it gave -> its result. Raises DataError if it was run otherwise."""
+    """Trains and evaluates one cell, or reads what it gave -> its result. Raises DataError if the
+    cell that is there was run with other settings."""
     of_config = {k: v for k, v in change.items() if hasattr(CONFIGS[args.backbone], k)}
-    run = argparse.Namespace(**vars(args.run) | dict(out=args.out / f"{cell_name(change)}-{seed}", seed=seed,
+    fuse = FUSIONS[change["fusion"]] if "fusion" in change else MHCA
+    out = args.out / f"{cell_name(change)}-{seed}"
+    run = argparse.Namespace(**vars(args.run) | dict(out=out, seed=seed, fuse=fuse,
                                                      changes=of_config))
-    asked = {"change": change, "seed": seed, "dataset": run.dataset, "split": args.split, "limit": args.limit,
-             "image_size": run.image_size, "clip": run.clip, "accumulate": run.accumulate, "refs": len(learn.refs),
+    asked = {"change": change, "seed": seed, "dataset": run.dataset, "split": args.split,
+             "limit": args.limit, "image_size": run.image_size, "clip": run.clip,
+             "accumulate": run.accumulate, "refs": len(learn.refs),
              "stage 1": train.stage_settings(run, 1), "stage 2": train.stage_settings(run, 2)}
     asked, file = json.loads(json.dumps(asked)), run.out / "cell.json"
     if file.exists():
         saved = read_json(file)
         before = saved.get("asked", {}) if isinstance(saved, dict) else {}
-        if changed := [f"{k} was {before.get(k)}, now {v}" for k, v in asked.items() if before.get(k) != v]:
-            raise DataError(f"{file} is of another run ({changed[0]}): give another --out, or remove {run.out}")
+        if changed := [f"{k} was {before.get(k)}, now {v}" for k, v in asked.items()
+                       if before.get(k) != v]:
+            raise DataError(f"{file} is of another run ({changed[0]}): give another --out")
         return saved
     run.out.mkdir(parents=True, exist_ok=True)
     train.check_run(run, (1, 2))
@@ -151,7 +177,8 @@ def train_cell(run, change, learn):
 
     def prepare(model):
         for name, module in model.named_modules() if not change.get("zero_start", True) else ():
-            if isinstance(module, nn.Linear) and not name.startswith("clip.") and not module.weight.any():
+            ours = isinstance(module, nn.Linear) and not name.startswith("clip.")
+            if ours and not module.weight.any():
                 module.reset_parameters()  # a checkpoint's are no longer zero and stay
         for name, p in model.named_parameters():
             if name.endswith(FIXED.get(change.get("fixed"), ())):
@@ -161,9 +188,11 @@ def train_cell(run, change, learn):
         model.requires_grad_(True).clip.requires_grad_(False)
 
     def both_losses(model, batch):
-        output = model(batch["images"], batch["tokens"], batch["image_index"])  # once: batch norm counts its passes
+        # Once: batch norm counts its passes.
+        output = model(batch["images"], batch["tokens"], batch["image_index"])
         return sum(loss(lambda *_: output, batch) for loss in losses)
-    if change.get("end_to_end"):  # a stage 2 that nothing came before, with as many sentences as stage 1
+    # A stage 2 that nothing came before, with as many sentences as stage 1.
+    if change.get("end_to_end"):
         first = train.stage_settings(run, 1)
         kept = {k: first[k] for k in ("steps", "epochs", "lr", "batch_size")}
         single = argparse.Namespace(**vars(run) | {"stage": "2"} | kept)
@@ -172,7 +201,7 @@ def train_cell(run, change, learn):
     return train.run_stage(run, 2, learn, None, losses[1])[0]
 
 
-# ---- A table --------------------------------------------------------------------------------------------------------
+# ---- A table -----------------------------------------------------------------------------------
 
 def mean_and_spread(values):
     """Two decimals, and the sample standard deviation where there is more than one value."""
@@ -186,8 +215,11 @@ def row_of(name, cells, paper, table):
     row = {"": name} | {c: mean_and_spread([cell[c] for cell in cells]) for c in columns}
     row |= {f"mIoU {kind}": mean_and_spread([cell["kinds"][kind]["mIoU"] for cell in cells])
             for kind in cells[0].get("kinds", ())}
-    row |= {"trained, M": f"{cells[0]['trained_parameters'] / 1e6:.2f}", "GFLOPs": f"{cells[0]['flops'] / 1e9:.2f}"}
-    return row | ({"paper " + " / ".join(columns): " / ".join(f"{p:.2f}" for p in paper)} if paper else {})
+    row |= {"trained, M": f"{cells[0]['trained_parameters'] / 1e6:.2f}",
+            "GFLOPs": f"{cells[0]['flops'] / 1e9:.2f}"}
+    if paper:
+        row["paper " + " / ".join(columns)] = " / ".join(f"{p:.2f}" for p in paper)
+    return row
 
 
 def text_table(rows, markdown):
@@ -209,13 +241,16 @@ def figure_1(args, held_out):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="more flags: those of train.py (python train.py --help)",
                                      allow_abbrev=False)
     parser.add_argument("--table", choices=("3", "4", "5", "errata"), required=True)
     parser.add_argument("--backbone", choices=("tiny", "B"), default="tiny")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="0 ... N - 1 (default: 1)")
-    parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and your own JSON, val)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N",
+                        help="0 ... N - 1 (default: 1)")
+    parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and your "
+                        "own JSON, val)")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N images only")
     parser.add_argument("--out", type=Path, help="the cells (default: runs/ablate-BACKBONE)")
     parser.add_argument("--json", metavar="F", help="also write every cell's figures there")
@@ -246,7 +281,8 @@ def main(args):
 def run_table(args):
     """Every cell of the table, and what is printed and drawn of them."""
     train.have_data(args.run)
-    learn, held_out = (data.RefCOCO(args.run.data_root, args.run.dataset, split) for split in ("train", args.split))
+    learn, held_out = (data.RefCOCO(args.run.data_root, args.run.dataset, split)
+                       for split in ("train", args.split))
     rows, results = table_rows(args.table, args.backbone), {}
     for i, (name, change, paper) in enumerate(rows):
         cells = []
@@ -254,8 +290,8 @@ def run_table(args):
             print(f"row {i + 1} of {len(rows)}, seed {seed}: {name}", flush=True)
             cells.append(run_cell(args, change, seed, learn, held_out))
         results[name] = {"paper": paper, "seeds": cells}
-    print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, {args.seeds} seed(s); the "
-          "paper's are RISCLIP-B's on RefCOCOg's test split\n")
+    print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, "
+          f"{args.seeds} seed(s); the paper's are RISCLIP-B's on RefCOCOg's test split\n")
     print(text_table([row_of(name, r["seeds"], r["paper"], args.table) for name, r in results.items()], args.markdown))
     written = [args.out]
     if args.table == "3":

@@ -9,7 +9,7 @@ from PIL import Image
 
 import train
 from experiments import ablate, fusions
-from risclip import CONFIGS, RISCLIP
+from risclip import CONFIGS, MHCA, RISCLIP
 from support import files
 from support.checkpoint import find_checkpoint
 
@@ -42,9 +42,11 @@ def test_every_row_trains_and_is_counted(world, out, table, rows, models, capsys
         assert Image.open(out / "figure1.png").width > 6 * 240
 
 
-@pytest.mark.parametrize("change", [{"fine_tuned": True}, {"fusion": "pwam-2"}, {"fusion": "mhsa"}])
-def test_a_changed_model_comes_back_as_it_was_saved(tiny, tmp_path, change):
-    model = RISCLIP(replace(tiny.config, **change))
+@pytest.mark.parametrize("change, fuse", [({"fine_tuned": True}, MHCA),
+                                          ({}, fusions.FUSIONS["pwam-2"]),
+                                          ({}, fusions.FUSIONS["mhsa"])])
+def test_a_changed_model_comes_back_as_it_was_saved(tiny, tmp_path, change, fuse):
+    model = RISCLIP(replace(tiny.config, **change), fuse)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.01 * torch.randn_like(p))
@@ -53,7 +55,7 @@ def test_a_changed_model_comes_back_as_it_was_saved(tiny, tmp_path, change):
     model.eval().save_pretrained(tmp_path)
     images, tokens = torch.randn(1, 3, 96, 96), model.tokenize(["the small red circle"])
     with torch.no_grad():
-        maps = [m(images, tokens)["patch_logits"] for m in (model, RISCLIP.from_pretrained(tmp_path))]
+        maps = [m(images, tokens)["patch_logits"] for m in (model, RISCLIP.from_pretrained(tmp_path, fuse))]
     assert torch.equal(*maps)
 
 
@@ -75,12 +77,12 @@ def test_an_erratum_changes_what_it_says(world, out):
         RISCLIP.from_pretrained(find_checkpoint(cell)).state_dict() for cell in cells.values()]
     losses = [[json.loads(line)["loss"] for line in open(cell / "log.jsonl")] for cell in cells.values()]
     fixed = [name for name in start if name.endswith(ablate.FIXED["scalers"])]
-    assert len(fixed) == 2 * (6 + 3) + 3 * 4 + 2 * 6  # Adapters, CFE, SKE
+    assert len(fixed) == 2 * (6 + 3) + 3 * 4 + 2 * 10  # Adapters, CFE, SKE
     for name in fixed:
         assert torch.equal(scalers[name], start[name]) and not torch.equal(ours[name], start[name]), name
     for name in ablate.FIXED["map"]:
         assert raw[name] == 0 and not torch.equal(ours[name], start[name])
-    for name in ("image_adapters.5.1.up.weight", "cfe.0.s2v.weight", "ske.1.text.cross_attention.v.weight"):
+    for name in ("image_adapters.5.1.up.weight", "cfe.0.s2v.weight", "ske.1.fuse.text.v.weight"):
         assert 0 < ours[name].abs().max() < 0.01 < nonzero[name].abs().mean()  # two steps do not go so far
         assert end_to_end[name].any()
     assert not find_checkpoint(cells["end to end: both losses, no stages (3.5)"], 1) and len(losses[6]) == 1
@@ -100,7 +102,7 @@ def test_a_new_fusion_changes_nothing_and_padding_never_does(tiny, name):
     """
     torch.manual_seed(0)
     frozen = RISCLIP(replace(tiny.config, modules=())).eval()
-    model = RISCLIP(replace(tiny.config, fusion=name)).eval()
+    model = RISCLIP(tiny.config, fuse=fusions.FUSIONS[name]).eval()
     images, short = torch.randn(1, 3, 96, 96), model.tokenize(["the red circle"])
     both = model.tokenize(["the red circle", ablate.SENTENCE])
     assert both.size(1) > short.size(1)

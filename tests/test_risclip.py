@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import predict
 import risclip
 from kernels import attention
 from risclip import (
@@ -21,7 +22,7 @@ from risclip import (
     image_layer,
     text_layer,
 )
-from support import checkpoint
+from support import checkpoint, inference
 from support.files import DataError
 
 SENTENCES = ["the small red circle", "square", "the blue star left of the large green triangle that is above the cross"]
@@ -66,11 +67,13 @@ def test_table_a1_holds_of_the_modules_themselves(backbone, expected):
     for cfe in model.cfe:
         assert cfe.t2s.weight.shape == (e["shared"], e["text_width"])
         assert cfe.v2s.weight.shape == (e["shared"], e["image_width"])
-        assert cfe.text_attends.temperature.numel() == cfe.image_attends.temperature.numel() == e["cfe_heads"]
-        assert cfe.text_attends.q.weight.shape == (e["shared"], e["shared"])
+        assert cfe.fuse.text.temperature.numel() == cfe.fuse.image.temperature.numel() == e["cfe_heads"]
+        assert cfe.fuse.text.q.weight.shape == (e["shared"], e["shared"])
     for stream in (s for ske in model.ske for s in (ske.text, ske.image)):
-        assert stream.cross_attention.temperature.numel() == stream.self_attention.temperature.numel() == e["ske_heads"]
-        assert stream.ln_self.weight.shape == (e["shared"],)
+        assert stream.mhsa.temperature.numel() == e["ske_heads"]
+        assert stream.ln_mhsa.weight.shape == (e["shared"],)
+    for ske in model.ske:
+        assert ske.fuse.text.heads == ske.fuse.image.heads == e["ske_heads"]
     assert model.config.image_size == e["size"]
     assert len(model.decoder.blocks) == 4 and model.decoder.score.weight.shape[0] == 2
 
@@ -96,9 +99,11 @@ def test_initial_values_are_those_of_table_a1_and_appendix_a1():
         assert (cfe.text_scale == 0.5).all() and (cfe.image_scale == 0.5).all()
         assert not any(p.any() for w in (cfe.s2t, cfe.s2v) for p in w.parameters())
     for stream in (s for ske in model.ske for s in (ske.text, ske.image)):
-        assert (stream.scales == 0.5).all()
-        assert not any(p.any() for w in (stream.cross_attention.v, stream.self_attention.v, stream.mlp[2])
-                       for p in w.parameters())
+        for scale in (stream.scale_mhca, stream.scale_mhsa, stream.scale_mlp):
+            assert (scale == 0.5).all()
+        assert not any(p.any() for w in (stream.mhsa.v, stream.mlp[2]) for p in w.parameters())
+    for ske in model.ske:
+        assert not any(p.any() for w in (ske.fuse.text.v, ske.fuse.image.v) for p in w.parameters())
 
 
 def shallow(name, layers, **changes):
@@ -162,7 +167,7 @@ def frozen_map(clip, images, tokens):
 def test_stage_1_starts_from_frozen_clips_map():
     model = RISCLIP(replace(CONFIGS["tiny"], clip="pretrained")).eval()
     images, tokens = torch.randn(3, 3, 96, 96), model.tokenize(SENTENCES)
-    cosine = (model(images, tokens)["patch_logits"] / model.map_scale.exp()) + model.map_threshold
+    cosine = (model(images, tokens)["patch_logits"] / model.map_log_temperature.exp()) + model.map_threshold
     torch.testing.assert_close(cosine.flatten(1), frozen_map(model.clip, images, tokens), rtol=0, atol=1e-6)
 
 
@@ -240,9 +245,9 @@ def test_bf16_locator_stays_close_to_fp32_and_the_decoder_is_fp32(tiny, monkeypa
     images, tokens = torch.randn(2, 3, 96, 96), tiny.tokenize(SENTENCES[:2])
     exact = tiny(images, tokens)
     tiny.config = replace(tiny.config, precision="bf16")
-    monkeypatch.setattr(risclip, "computes_bf16", lambda device: False)
+    monkeypatch.setattr(inference, "computes_bf16", lambda device: False)
     assert torch.equal(tiny(images, tokens)["patch_logits"], exact["patch_logits"])  # a CPU without bf16 keeps fp32
-    monkeypatch.setattr(risclip, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(inference, "computes_bf16", lambda device: True)
     seen = []
     hook = tiny.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     rough = tiny(images, tokens)
@@ -276,13 +281,12 @@ def test_every_path_of_attention_is_softmax_of_scaled_products(dtype, learns, qu
 
 
 def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(monkeypatch):
-    monkeypatch.setattr(risclip, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(inference, "computes_bf16", lambda device: True)
     model = on_meta("B")
     towers = (*model.visual.transformer.parameters(), *model.clip.transformer.parameters())
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         model.config = replace(model.config, precision=precision)
-        with torch.inference_mode():
-            model.autocast("cpu")
+        inference.store_frozen_matrices(model)
         assert not any(p.is_inference() for p in towers)
         assert {p.dtype for p in towers if p.ndim == 2} == {dtype}
         assert {p.dtype for p in towers if p.ndim < 2} == {torch.float32}
@@ -292,7 +296,7 @@ def test_frozen_matrices_are_kept_in_the_dtype_that_they_are_used_in(monkeypatch
 def test_lower_layers_run_once_for_all_sentences_of_an_image(tiny):
     image, calls = Image.new("RGB", (96, 96), "gray"), []
     hook = tiny.visual.conv1.register_forward_hook(lambda *_: calls.append(1))
-    masks = tiny.segment_all(image, [f"circle {i}" for i in range(9)])
+    masks = predict.segment_all(tiny, image, [f"circle {i}" for i in range(9)])
     hook.remove()
     assert len(masks) == 9 and len(calls) == 1
 
@@ -315,7 +319,7 @@ def test_segment_gives_a_mask_of_the_images_own_size(tiny):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (57, 83, 3), np.uint8))
     mask = tiny.segment(image, "the red circle")
     assert mask.shape == (57, 83) and mask.dtype == bool
-    both = tiny.segment_all(image, ["the red circle", "a star"])
+    both = predict.segment_all(tiny, image, ["the red circle", "a star"])
     assert both.shape == (2, 57, 83) and (both[0] != mask).mean() < 0.01
 
 
