@@ -59,8 +59,8 @@ class Config:
     ske_layers: int = 6
     ske_heads: int = 8
     ske_scale: float = 0.5
-    # What the paper does not give: the cosines of frozen CLIP lie around the threshold, and the
-    # temperature spreads them over the sigmoid. Both are learned from here on.
+    # Where the map starts; the paper does not say. The cosines of a frozen CLIP lie close together,
+    # and the temperature spreads those around the threshold over the sigmoid. Both are learned.
     map_temperature: float = 20.0
     map_threshold: float = 0.4
     decoder_widths: tuple[int, ...] = (256, 128, 64, 32)  # C_4 ... C_1
@@ -463,22 +463,24 @@ class RISCLIP(nn.Module):
             v, features = lower or self.lower_layers(images)
             if image_index is None:
                 image_index = torch.arange(B, device=tokens.device)
-            # index_select, since the gradient of v[image_index] is summed in any order
+            # index_select, because the gradient of v[image_index] is summed in any order
             v, *features = (x.index_select(0, image_index) for x in (v, *features))
+
             t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]
             for k in range(self.text_below):
                 t = text_layer(self.text_blocks[k], t, self.text_adapters[k])
-            for m, cfe in enumerate(self.cfe):
+            for m, cfe in enumerate(self.cfe):  # Sec. 3.2
                 t, v = cfe(t, v, is_word)
                 k, i = self.text_below + m, self.image_below + m
                 t = text_layer(self.text_blocks[k], t, self.text_adapters[k])
                 v = self.image_layer(i, v, features)
             t = self.clip.ln_final(t) @ self.clip.text_projection  # (B, T, d)
             v = self.visual.ln_post(v[:, 1:]) @ self.visual.proj  # (B, N, d)
-            for ske in self.ske:
+            for ske in self.ske:  # Sec. 3.3
                 t, v = recomputed(ske, t, v, is_word) if self.recompute else ske(t, v, is_word)
-        output = {"patch_logits": self.grounding_map(t, v, eos)}
-        if self.decoder is not None:
+
+        output = {"patch_logits": self.grounding_map(t, v, eos)}  # Sec. 3.1
+        if self.decoder is not None:  # Sec. 3.4
             features = [v_i.transpose(1, 2).unflatten(2, self.grid).float() for v_i in features]
             map_patch = output["patch_logits"].sigmoid()
             output["mask_logits"] = self.decoder(features, map_patch, self.config.image_size)
