@@ -12,9 +12,17 @@ from PIL import Image
 
 import evaluate
 from data import RefCOCO
-from support.files import DataError
-from evaluate import RISMetrics, best_map_readout, letterbox, letterbox_box, masks_from_output
+from evaluate import (
+    RISMetrics,
+    Readout,
+    best_map_readout,
+    letterbox,
+    letterbox_box,
+    masks_from_output,
+)
 from risclip import RISCLIP
+from support import figures, files, inference
+from support.files import DataError
 
 
 def mask(n, total=10):
@@ -57,6 +65,15 @@ def test_results_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     pairs = [(rng.random(50) < 0.5, rng.random(50) < 0.5) for _ in range(40)]
     assert compute(*pairs) == compute(*pairs[::-1])
+
+
+def test_metrics_of_parts_add_up_to_those_of_all():
+    pairs = [(mask(n), mask(5)) for n in range(9)]
+    parts = [RISMetrics(), RISMetrics()]
+    for i, pair in enumerate(pairs):
+        parts[i % 2].update(*pair)
+    parts[0] += parts[1]
+    assert parts[0].compute() == compute(*pairs)
 
 
 def test_masks_of_different_shapes_are_refused():
@@ -109,14 +126,20 @@ def test_letterbox_keeps_the_aspect_and_centres():
 class LeftHalf:
     """A model whose mask is the left half of its 4 x 4 square; keeps what it was shown."""
 
-    config, map_threshold = SimpleNamespace(image_size=4), torch.zeros(())
+    config = SimpleNamespace(image_size=4, precision="fp32")
+    patch_size, map_threshold = 1, torch.zeros(())
 
     def eval(self):
         return self
 
-    def outputs(self, pixels, texts):
+    def tokenize(self, texts):
+        return torch.zeros(len(texts), 1)
+
+    def lower_layers(self, pixels):
         self.seen = pixels
-        yield scores([9.0, 9.0, -9.0, -9.0] * 4)
+
+    def __call__(self, *_):
+        return scores([9.0, 9.0, -9.0, -9.0] * 4) | {"patch_logits": torch.zeros(1, 4, 4)}
 
 
 @pytest.mark.parametrize("protocol, miou, p_at_half", [("original", 50, 100), ("lavt", 50, 100), ("cris", 50, 0)])
@@ -179,9 +202,10 @@ def test_the_command_draws_the_papers_figures(world, checkpoint, tmp_path, split
 def test_switching_all_modules_off_leaves_frozen_clips_map(tiny):
     images, tokens = torch.randn(1, 3, 96, 96), tiny.tokenize(["the small red circle"])
     frozen = RISCLIP(replace(tiny.config, modules=()))
-    frozen.map_scale, frozen.map_threshold = tiny.map_scale, tiny.map_threshold
+    frozen.map_log_temperature = tiny.map_log_temperature
+    frozen.map_threshold = tiny.map_threshold
     with torch.no_grad():
-        parts = [evaluate.without(tiny, m).eval()(images, tokens)["patch_logits"] for m in ((), tiny.config.modules)]
+        parts = [figures.without(tiny, m).eval()(images, tokens)["patch_logits"] for m in ((), tiny.config.modules)]
         wanted = [m.eval()(images, tokens)["patch_logits"] for m in (frozen, tiny)]
     assert torch.equal(parts[0], wanted[0]) and torch.equal(parts[1], wanted[1])
     assert not torch.equal(*parts)
@@ -189,12 +213,18 @@ def test_switching_all_modules_off_leaves_frozen_clips_map(tiny):
 
 def test_extremes_take_the_best_sentence_of_each_image(monkeypatch):
     image, target = Image.new("RGB", (8, 8)), np.eye(8, dtype=bool)
-    cases = [(image, SimpleNamespace(image=i, text=t), target, [(target, score)])
-             for i, t, score in ((0, "poor", 0.1), (0, "best", 0.9), (1, "only", 0.5), (2, "left out", 0.2))]
+    cases = [figures.Case(number, text, image, [target, target], [iou]) for number, text, iou in
+             ((0, "poor", 0.1), (0, "best", 0.9), (1, "only", 0.5), (2, "left out", 0.2))]
     drawn = []
-    monkeypatch.setattr(evaluate, "panel", lambda pictures, caption: drawn.append(caption) or image)
-    figures.extremes(cases, lambda case: case[3][0][1], count=2)
-    assert drawn == ["best (0.90)", "only (0.50)"]
+    monkeypatch.setattr(figures, "panel", lambda _, caption: drawn.append(caption) or image)
+    figures.extremes(cases, lambda case: case.ious[0], count=2)
+    assert drawn == ["best (IoU 0.90)", "only (IoU 0.50)"]
+
+
+def test_spread_takes_evenly_spaced_images_and_their_sentences_by_turns():
+    items = [(image, (10 * image, 10 * image + 1)) for image in range(9)]
+    assert figures.spread(items, 3) == [(0, [0]), (3, [31]), (6, [60])]
+    assert figures.spread(items[:2], 3) == [(0, [0]), (1, [11])]
 
 
 def test_workers_do_not_change_the_figures(world, checkpoint):
@@ -206,9 +236,9 @@ def test_workers_do_not_change_the_figures(world, checkpoint):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_neither_does_the_number_of_sentences_at_once(world, checkpoint, monkeypatch, at_once):
     model, dataset = RISCLIP.from_pretrained(checkpoint), RefCOCO(world, "shapes", "val")
-    outputs, results = RISCLIP.outputs, []
+    results = []
     for n in (8, at_once):
-        monkeypatch.setattr(RISCLIP, "outputs", lambda self, pixels, texts, n=n: outputs(self, pixels, texts, n))
+        monkeypatch.setattr(evaluate, "outputs", lambda *of, n=n: inference.outputs(*of, n))
         results.append(evaluate.evaluate(model, dataset)[evaluate.MASK])
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
 
@@ -216,7 +246,7 @@ def test_neither_does_the_number_of_sentences_at_once(world, checkpoint, monkeyp
 def test_the_maps_threshold_is_the_best_of_those_tried(world, tiny):
     dataset = RefCOCO(world, "shapes", "test")
     best = best_map_readout(tiny, dataset)
-    some = tuple(("patch_logits", 1 / (1 + np.exp(-x))) for x in (-2, 0, 2))  # of the grid
+    some = tuple(Readout("patch_logits", 1 / (1 + np.exp(-x))) for x in (-2, 0, 2))  # of the grid
     tried = evaluate.evaluate(tiny, dataset, readouts=some + (best,))
     assert all(tried[best]["mIoU"] >= result["mIoU"] for result in tried.values())
 
@@ -229,9 +259,6 @@ def test_numbers_that_mean_nothing_are_refused(flag, value, capsys):
 
 
 def test_unknown_split_and_checkpoint_are_one_line_and_exit_code_2(world, checkpoint, capsys):
-import data
-from support import figures
-from support import files
     args = evaluate.parse_args([str(checkpoint), "--data-root", str(world), "--split", "testA"])
     assert files.run(evaluate.main, args) == 2
     error = capsys.readouterr().err.strip()

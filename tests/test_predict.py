@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-import data
 import predict
 from risclip import RISCLIP
-from support import files, images
+from support import bulk, files, image_files
 
 REPOSITORY = Path(predict.__file__).parent
 
@@ -56,7 +55,7 @@ def predicted(checkpoint, folder, *flags):
 
 def test_masks_are_those_of_segment_and_images_are_opened_once(checkpoint, folder, monkeypatch):
     opened, open_image = [], image_files.open_image
-    monkeypatch.setattr(data, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
+    monkeypatch.setattr(bulk, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
     code, records = predicted(checkpoint, folder)
     assert code == 0 and opened == ["a.png", "b.png"] and sorted(records) == [1, 2, 3, 4]
     model = RISCLIP.from_pretrained(checkpoint)
@@ -98,10 +97,10 @@ def test_a_path_that_leaves_the_folder_needs_the_flag(checkpoint, folder, name):
 def test_a_file_that_would_fill_the_memory_is_refused_and_so_is_a_line(checkpoint, folder, monkeypatch, capsys):
     long = '{"image": "a.png", "sentence": "the star", "more": [' + "[]," * 9999 + "[]]}"
     write(folder, [long, line("a.png", "the star")])
-    monkeypatch.setattr(data, "MAX_JSON_MEMORY", 10**6)
+    monkeypatch.setattr(files, "MAX_JSON_MEMORY", 10**6)
     code, records = predicted(checkpoint, folder)
     assert code == 1 and "line 1 could take" in records[1]["error"] and "segmentation" in records[2]
-    monkeypatch.setattr(data, "MAX_SENTENCES", 1)
+    monkeypatch.setattr(bulk, "MAX_SENTENCES", 1)
     assert predicted(checkpoint, folder)[0] == 2 and "has more than 1 lines: split it" in capsys.readouterr().err
 
 
@@ -111,7 +110,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_mends_a_torn_line(checkpoint, fo
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1] + lines[2][:20])
     opened, open_image = [], image_files.open_image
-    monkeypatch.setattr(data, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
+    monkeypatch.setattr(bulk, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
     code, records = predicted(checkpoint, folder)
     assert code == 0 and opened == ["b.png"] and out.read_bytes().startswith(lines[0] + lines[1])  # both of a.png
     assert {n: r["segmentation"] for n, r in records.items()} == {n: r["segmentation"] for n, r in whole.items()}
