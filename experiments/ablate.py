@@ -27,21 +27,19 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import evaluate
 import train
-from evaluate import MASK
+from evaluate import MASK, evaluate, evolution
+from experiments.bench_model import count_flops
 from experiments.fusions import FUSIONS
 from miniature.clip import TINY_CLIP
 from risclip import CONFIGS, MHCA, RISCLIP
 from support.checkpoint import is_stored
-from support.figures import evolution
 from support.files import DataError, check_writable, read_json, run, too_small, write_text
 from support.pictures import save_picture
 from support.runs import alone
+from support.tables import table
 
 # FLOPs are counted on a forward pass with this sentence.
 SENTENCE = "the large red circle to the left of the small blue square"
@@ -75,8 +73,8 @@ TABLE_5 = {
                    6: (73.19, 57.68, 14.21, *FULL)},
 }
 # What the paper says in passing or not at all, one reading against another: a change to Config, or
-# to how a model learns (train_cell). The miniature's CLIP was made with the value path, so it cannot
-# judge the plain last layer.
+# to how a model learns (train_cell). The miniature's CLIP was made with the value path, so it
+# cannot judge the plain last layer.
 ERRATA = [
     ("as we read the paper", {}, ()),
     ("frozen map: value path (3.1)", {"modules": ()}, ()),
@@ -132,13 +130,12 @@ def costs(model):
     size, config = model.config.image_size, model.config
     model = model.cpu().eval().requires_grad_(True)
     images, tokens = torch.zeros(1, 3, size, size), model.tokenize([SENTENCE])
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images, tokens)  # the counter knows no fused attention
+    flops = count_flops(model, images, tokens)
     model.zero_grad()
     sum(y.sum() for y in model(images, tokens).values()).backward()
     trained = sum(p.numel() for name, p in model.named_parameters() if is_stored(name, config)
                   and (p.grad is not None or name.startswith("clip.")))
-    return {"trained_parameters": trained, "flops": counter.get_total_flops()}
+    return {"trained_parameters": trained, "flops": flops}
 
 
 def run_cell(args, change, seed, learn, held_out):
@@ -222,19 +219,9 @@ def row_of(name, cells, paper, table):
     return row
 
 
-def text_table(rows, markdown):
-    """Rows of equal keys, in Markdown or in columns."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    if markdown:
-        lines.insert(1, ["---"] * len(lines[0]))
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths)).rstrip() for line in lines)
-
-
 def figure_1(args, held_out):
-    """OUT/figure1.png: the maps of Table 3's models of seed 0, each trained with its modules, and the last one's mask.
-    """
+    """OUT/figure1.png: the maps of Table 3's models of seed 0, each trained with the modules it has,
+    and the last one's mask."""
     models = {name: RISCLIP.from_pretrained(args.out / f"{cell_name(change)}-0").to(args.run.device)
               for name, change, _ in TABLE_3[:4]}
     save_picture(evolution(models, held_out), args.out / "figure1.png")
@@ -243,14 +230,14 @@ def figure_1(args, held_out):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="more flags: those of train.py (python train.py --help)",
+                                     epilog="more flags: train.py's (python train.py --help)",
                                      allow_abbrev=False)
     parser.add_argument("--table", choices=("3", "4", "5", "errata"), required=True)
     parser.add_argument("--backbone", choices=("tiny", "B"), default="tiny")
     parser.add_argument("--seeds", type=int, default=1, metavar="N",
                         help="0 ... N - 1 (default: 1)")
-    parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and your "
-                        "own JSON, val)")
+    parser.add_argument("--split", help="evaluated on (default: test; of refcoco, refcoco+ and "
+                        "your own JSON, val)")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate the first N images only")
     parser.add_argument("--out", type=Path, help="the cells (default: runs/ablate-BACKBONE)")
     parser.add_argument("--json", metavar="F", help="also write every cell's figures there")
@@ -292,7 +279,8 @@ def run_table(args):
         results[name] = {"paper": paper, "seeds": cells}
     print(f"\nTable {args.table}, {args.backbone} on {args.run.dataset} {args.split}, "
           f"{args.seeds} seed(s); the paper's are RISCLIP-B's on RefCOCOg's test split\n")
-    print(text_table([row_of(name, r["seeds"], r["paper"], args.table) for name, r in results.items()], args.markdown))
+    print(table([row_of(name, row["seeds"], row["paper"], args.table)
+                 for name, row in results.items()], args.markdown))
     written = [args.out]
     if args.table == "3":
         figure_1(args, held_out)
