@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# open_clip 3.3.0: the weights `laion400m_e32` of ViT-B-16-plus-240 (RISCLIP-B's) are downloaded from
+# open_clip 3.3.0: the weights `laion400m_e32` of ViT-B-16-plus-240 (RISCLIP-B) are downloaded from
 # the Hub by preference, from a repository named ..._e31; the address it would use without the Hub
 # is e32's. We read open_clip's table, not the repository: which epoch lies there, we do not know.
 set -euo pipefail

@@ -44,7 +44,8 @@ same, rng = dict.fromkeys(TOOLS, 0), np.random.default_rng(0)
 for radius in (2.5, 5, 10, 20, 50, 160):
     side, found, areas = int(2.5 * radius) + 8, {name: [] for name in TOOLS}, []
     for _ in range(200):  # eight corners round a centre
-        angles, reach = np.sort(rng.uniform(0, 2 * np.pi, 8)), radius * rng.uniform(0.7, 1.1, (8, 1))
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 8))
+        reach = radius * rng.uniform(0.7, 1.1, (8, 1))
         p = side / 2 + rng.uniform(-1, 1, 2) + reach * np.c_[np.cos(angles), np.sin(angles)]
         x, y = p.T
         areas.append(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
