@@ -2,13 +2,11 @@
 so that no image is too large to show."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from support.files import DataError, check_writable
+from support.files import check_writable, whole
 
 BLUE, PINK = (40, 90, 255), (255, 60, 160)  # of curves
 # The outlines of ground truth and prediction, both edged in black: no shape has such a line.
@@ -40,11 +38,11 @@ def outlined(image, mask, colour, height=HEIGHT):
     return picture
 
 
-def heat(image, weights, height=HEIGHT):
-    """PIL image, dark, with a map (h, w) of weights in [0, 1] over it, from nothing to pink."""
-    image = fit(image, height).point(lambda value: value * 3 // 10)
+def heat(image, weights, colour=PINK, dark=0.3, height=HEIGHT):
+    """PIL image, darkened, under a map (h, w): no colour at 0, nothing but the colour at 1."""
+    image = fit(image, height).point(lambda value: round(value * dark))
     weights = Image.fromarray(np.uint8(255 * np.asarray(weights, np.float32).clip(0, 1)))
-    image.paste(PINK, (0, 0, *image.size), weights.resize(image.size, Image.BILINEAR))
+    image.paste(colour, (0, 0, *image.size), weights.resize(image.size, Image.BILINEAR))
     return image
 
 
@@ -58,8 +56,8 @@ def wrap(text, width, font):
     return lines
 
 
-def panel(pictures, caption, gap=4, narrowest=160):
-    """{title: picture} side by side, the titles over them and the caption under all."""
+def panel(pictures, caption="", gap=4, narrowest=160):
+    """{title: picture} side by side, the titles over them and a caption under all."""
     small, font = ImageFont.load_default(13), ImageFont.load_default(15)
     widths = [max(picture.width, narrowest) for picture in pictures.values()]
     titles = [wrap(title, width, small) for title, width in zip(pictures, widths)]
@@ -67,7 +65,8 @@ def panel(pictures, caption, gap=4, narrowest=160):
     lines = wrap(caption, width - 2 * gap, font)
     top = 17 * max(map(len, titles)) if any(pictures) else 0
     bottom = top + max(picture.height for picture in pictures.values())
-    sheet = Image.new("RGB", (width, bottom + 10 + 19 * len(lines)), "white")
+    height = bottom + 10 + 19 * len(lines) if caption else bottom
+    sheet = Image.new("RGB", (width, height), "white")
     draw, x = ImageDraw.Draw(sheet), 0
     for picture, title, width in zip(pictures.values(), titles, widths):
         draw.text((x, 0), "\n".join(title), fill="black", font=small, spacing=4)
@@ -130,11 +129,5 @@ def draw_curve(out, width=720, height=300):
 def save_picture(picture, path):
     """Writes a picture whole or not at all. Raises DataError if it cannot be written."""
     check_writable(path, picture=True)
-    path = Path(path)
-    aside = path.with_name(f".partial-{os.getpid()}{path.suffix}")
-    try:
+    with whole(path) as aside:
         picture.save(aside)
-        aside.replace(path)
-    except (OSError, ValueError) as error:  # ValueError: a format without such pixels
-        aside.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({error}): give another place") from error

@@ -31,7 +31,8 @@ def folder(world, tmp_path):
     (tmp_path / "in").mkdir()
     for name, file in zip("abc", sorted((world / "images" / "shapes").iterdir())):
         (tmp_path / "in" / f"{name}.png").write_bytes(file.read_bytes())
-    write(tmp_path / "in", [line(f"{name}.png", text) for text in ("the red circle", "the star") for name in "ab"])
+    write(tmp_path / "in", [line(f"{name}.png", text)
+                            for text in ("the red circle", "the star") for name in "ab"])
     return tmp_path / "in"
 
 
@@ -46,21 +47,31 @@ def write(folder, lines):
 def predicted(checkpoint, folder, *flags):
     """-> exit code, out.jsonl's records by line number (each once)."""
     out = folder / "out.jsonl"
-    code = files.run(predict.main, predict.parse_args([str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
-                                                      str(out), *flags]))
+    args = [str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out", str(out), *flags]
+    code = files.run(predict.main, predict.parse_args(args))
     records = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
     assert len({r["line"] for r in records}) == len(records)
     return code, {r["line"]: r for r in records}
 
 
-def test_masks_are_those_of_segment_and_images_are_opened_once(checkpoint, folder, monkeypatch):
-    opened, open_image = [], image_files.open_image
-    monkeypatch.setattr(bulk, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the images that are opened."""
+    names, open_image = [], image_files.open_image
+
+    def noted(path):
+        names.append(path.name)
+        return open_image(path)
+    monkeypatch.setattr(bulk, "open_image", noted)
+    return names
+
+
+def test_masks_are_those_of_segment_and_images_are_opened_once(checkpoint, folder, opened):
     code, records = predicted(checkpoint, folder)
     assert code == 0 and opened == ["a.png", "b.png"] and sorted(records) == [1, 2, 3, 4]
     model = RISCLIP.from_pretrained(checkpoint)
-    for n, (name, text) in enumerate([("a", "the red circle"), ("b", "the red circle"), ("a", "the star"),
-                                      ("b", "the star")], 1):
+    asked = [("a", "the red circle"), ("b", "the red circle"), ("a", "the star"), ("b", "the star")]
+    for n, (name, text) in enumerate(asked, 1):
         record = records[n]
         assert (record["image"], record["sentence"]) == (f"{name}.png", text)
         mask = coco.decode(record["segmentation"]).astype(bool)
@@ -71,13 +82,15 @@ def test_masks_are_those_of_segment_and_images_are_opened_once(checkpoint, folde
 
 def test_bad_lines_are_reported_with_their_numbers_and_the_rest_is_done(checkpoint, folder):
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    write(folder, [line("a.png", "the star"), "{not json", '["a list"]', line("a.png", " "), "", line("no.png", "x"),
-                   line("broken.png", "x"), '{"image": "a.png"}', "[" * 100_000, line("b.png", "the star")])
+    write(folder, [line("a.png", "the star"), "{not json", '["a list"]', line("a.png", " "), "",
+                   line("no.png", "x"), line("broken.png", "x"), '{"image": "a.png"}',
+                   "[" * 100_000, line("b.png", "the star")])
     code, records = predicted(checkpoint, folder)
     assert code == 1 and sorted(records) == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert [n for n, r in records.items() if "segmentation" in r] == [1, 10]
-    for n, words in ((2, "line 2 is not valid JSON"), (3, "image is missing"), (4, "line 4: sentence is empty"),
-                     (6, "no.png"), (7, "broken.png"), (8, "sentence is missing"), (9, "line 9")):
+    for n, words in ((2, "line 2 is not valid JSON"), (3, "image is missing"),
+                     (4, "line 4: sentence is empty"), (6, "no.png"), (7, "broken.png"),
+                     (8, "sentence is missing"), (9, "line 9")):
         assert words in records[n]["error"], records[n]
 
 
@@ -94,36 +107,41 @@ def test_a_path_that_leaves_the_folder_needs_the_flag(checkpoint, folder, name):
     assert code == 0 and "segmentation" in records[1]
 
 
-def test_a_file_that_would_fill_the_memory_is_refused_and_so_is_a_line(checkpoint, folder, monkeypatch, capsys):
+def test_a_file_that_would_fill_the_memory_is_refused_and_so_is_a_line(checkpoint, folder,
+                                                                       monkeypatch, capsys):
     long = '{"image": "a.png", "sentence": "the star", "more": [' + "[]," * 9999 + "[]]}"
     write(folder, [long, line("a.png", "the star")])
     monkeypatch.setattr(files, "MAX_JSON_MEMORY", 10**6)
     code, records = predicted(checkpoint, folder)
-    assert code == 1 and "line 1 could take" in records[1]["error"] and "segmentation" in records[2]
+    assert code == 1 and "line 1 could take" in records[1]["error"]
+    assert "segmentation" in records[2]
     monkeypatch.setattr(bulk, "MAX_SENTENCES", 1)
-    assert predicted(checkpoint, folder)[0] == 2 and "has more than 1 lines: split it" in capsys.readouterr().err
+    assert predicted(checkpoint, folder)[0] == 2
+    assert "has more than 1 lines: split it" in capsys.readouterr().err
 
 
-def test_a_stopped_run_goes_on_where_it_was_and_mends_a_torn_line(checkpoint, folder, monkeypatch):
+def test_a_stopped_run_goes_on_where_it_was_and_mends_a_torn_line(checkpoint, folder, opened):
     _, whole = predicted(checkpoint, folder)
     out = folder / "out.jsonl"
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1] + lines[2][:20])
-    opened, open_image = [], image_files.open_image
-    monkeypatch.setattr(bulk, "open_image", lambda path: (opened.append(path.name), open_image(path))[1])
+    opened.clear()
     code, records = predicted(checkpoint, folder)
-    assert code == 0 and opened == ["b.png"] and out.read_bytes().startswith(lines[0] + lines[1])  # both of a.png
-    assert {n: r["segmentation"] for n, r in records.items()} == {n: r["segmentation"] for n, r in whole.items()}
+    assert code == 0 and opened == ["b.png"]
+    assert out.read_bytes().startswith(lines[0] + lines[1])  # both of a.png
+    assert all(records[n]["segmentation"] == whole[n]["segmentation"] for n in records | whole)
     before = out.read_bytes()
-    assert predicted(checkpoint, folder)[0] == 0 and out.read_bytes() == before and opened == ["b.png"]
+    assert predicted(checkpoint, folder)[0] == 0 and out.read_bytes() == before
+    assert opened == ["b.png"]
 
 
 def test_a_file_of_something_else_is_refused_and_stays(checkpoint, folder, capsys):
     for content in (b"no newline", b"\x89PNG\n\x00", b'{"line": 1}\nmore', b"[1]\n"):
         (folder / "out.jsonl").write_bytes(content)
-        args = predict.parse_args([str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
-                                   str(folder / "out.jsonl")])
-        assert files.run(predict.main, args) == 2 and "no output of --jsonl" in capsys.readouterr().err
+        assert files.run(predict.main, predict.parse_args(
+            [str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
+             str(folder / "out.jsonl")])) == 2
+        assert "no output of --jsonl" in capsys.readouterr().err
         assert (folder / "out.jsonl").read_bytes() == content
 
 
@@ -133,8 +151,9 @@ def test_an_output_of_other_lines_is_refused(checkpoint, folder, capsys):
     assert predicted(checkpoint, folder)[0] == 2 and "line 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [[], ["a.png"], ["--jsonl", "in.jsonl"], ["a.png", "x", "--jsonl", "i", "--out", "o"],
-                                   ["--jsonl", "i", "--out", "o", "--mask", "m.png"]])
+@pytest.mark.parametrize("flags", [
+    [], ["a.png"], ["--jsonl", "in.jsonl"], ["a.png", "x", "--jsonl", "i", "--out", "o"],
+    ["--jsonl", "i", "--out", "o", "--mask", "m.png"]])
 def test_flags_that_do_not_go_together_are_refused(flags):
     with pytest.raises(SystemExit) as stop:
         predict.parse_args(["run", *flags])
@@ -154,12 +173,39 @@ def test_flags_may_come_before_the_image_and_every_file_is_another(checkpoint, f
 def test_two_processes_share_the_images(checkpoint, folder):
     _, alone = predicted(checkpoint, folder)
     (folder / "out.jsonl").rename(folder / "alone.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "predict.py",
-               str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out", str(folder / "out.jsonl")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "predict.py", str(checkpoint), "--jsonl", str(folder / "in.jsonl"), "--out",
+               str(folder / "out.jsonl")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     together = [json.loads(text) for text in (folder / "out.jsonl").read_text().splitlines()]
     assert len(together) == 4
-    assert all(np.array_equal(coco.decode(r["segmentation"]), coco.decode(alone[r["line"]]["segmentation"]))
-               for r in together)
+    assert all(np.array_equal(coco.decode(r["segmentation"]),
+                              coco.decode(alone[r["line"]]["segmentation"])) for r in together)
+
+
+def test_a_picture_has_a_mask_per_sentence_and_a_large_image_is_drawn_small(checkpoint, folder):
+    image = Image.open(folder / "a.png")
+    image.resize((600, 1000)).save(folder / "large.png")
+    for name, sentences, width, height in (("a.png", ["the star"], 240, 240),
+                                           ("a.png", ["the star", "the red circle"], 480, 240),
+                                           ("large.png", ["the star"], 288, 480)):
+        out, mask = folder / "out.png", folder / "mask.png"
+        predict.main(predict.parse_args([str(checkpoint), str(folder / name), *sentences, "--out",
+                                         str(out), "--mask", str(mask)]))
+        picture = Image.open(out)
+        assert width <= picture.width < width + 50 and height < picture.height < height + 120
+        masks = [mask] if len(sentences) == 1 else [folder / f"mask-{i}.png" for i in (1, 2)]
+        assert all(Image.open(m).size == Image.open(folder / name).size for m in masks)
+
+
+def test_segment_all_is_in_eval_mode_and_leaves_the_mode_as_it_was(tiny, folder):
+    image = Image.open(folder / "a.png").convert("RGB")
+    texts = ["the red circle", "the star"]
+    tiny.add_decoder()  # its batch norm would count a pass in training mode
+    expected = [tiny.eval().segment(image, text) for text in texts]
+    for training in (True, False):
+        masks = predict.segment_all(tiny.train(training), image, texts)
+        assert tiny.training == training and masks.shape == (2, *image.size[::-1])
+        assert (masks != np.stack(expected)).mean() < 1e-3
