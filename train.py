@@ -3,7 +3,7 @@
     python train.py                                             the miniature: both stages, evaluation, pictures
     python train.py --backbone B --stage 1 --dataset refcoco --data-root DATA --out runs/B
     python train.py --backbone B --stage 2 --dataset refcoco --data-root DATA --out runs/B
-    python train.py --backbone tiny --stage 0 --out runs/tiny_clip      a CLIP like assets/tiny_clip.safetensors
+    python train.py --backbone tiny --stage 0 --out runs/tiny_clip      a CLIP like miniature/tiny_clip.safetensors
     torchrun --nproc-per-node 8 train.py ...                            stages 1 and 2 on eight GPUs
 
 Stage 1 aligns the patch-level map with the downsampled mask: Adapters, CFE and SKE learn. Stage 2 aligns the
@@ -34,7 +34,7 @@ from support import processes
 from support.check import doubts
 from support.checkpoint import find_checkpoint, read_config
 from support.figures import samples
-from support.files import DataError, check_writable, one_line, run, too_small, write_text
+from support.files import DataError, check_folder, one_line, run, too_small, write_text
 from support.pictures import draw_curve, save_picture
 from support.runs import (
     alone,
@@ -393,11 +393,7 @@ def main(args):
     processes.start(args.device)
     check_run(args, stages)
     processes.gather(None)  # nobody writes before all have looked
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        check_writable(args.out)
-    except OSError as error:
-        raise DataError(f"--out {args.out} cannot be written ({error.strerror}): give another folder") from error
+    check_folder(args.out, f"--out {args.out}")
     with alone(args.out) if processes.MAIN else nullcontext():
         return run_stages(args, stages)
 
