@@ -1,17 +1,11 @@
 """The readers, their traps, and batches. Small real files in tmp_path; photographs where there are some."""
 
-import errno
-import gc
-import io
 import json
 import os
 import pickle
 import pickletools
-import struct
 import subprocess
 import sys
-import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
 import data
 from data import RefCOCO, Samples
+from miniature.shapes import write_shapes
+from support import files, image_files, unpickle
+from support.check import doubts
 from support.files import DataError
 
 # pycocotools' own, with numpy 2
@@ -83,185 +79,13 @@ def python2(value):
     return write(value) + b"."
 
 
-# ---- Refs -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dump", [python2, lambda r: pickle.dumps(r, 0), lambda r: pickle.dumps(r, 2),
-                                  lambda r: pickle.dumps(r, 5)])
-def test_refs_of_every_protocol_are_read_alike(tmp_path, dump):
-    (tmp_path / "r.p").write_bytes(dump(REFS))
-    assert unpickle.load_refs(tmp_path / "r.p") == REFS
-
-
-def test_python_2_byte_strings_are_latin_1():
-    content = b"(lS'caf\\xe9'\naVcaf\\u00e9\naU\x04caf\xe9aI01\naF0.5\naL7L\naNa."
-    read = unpickle.PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    assert read == ["café", "café", "café", True, 0.5, 7, None]
-
-
-class Call:
-    """Pickles as a call of touch(canary)."""
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
-
-
-def hostile(canary):
-    """Name -> a pickle that touches the canary if it is loaded by pickle.loads."""
-    command = f"touch '{canary}'".encode()
-    call = b"(" + b"X" + struct.pack("<I", len(command)) + command
-    return {
-        "reduce in protocol 0": pickle.dumps([Call(canary)], 0),
-        "reduce in protocol 2": pickle.dumps([Call(canary)], 2),
-        "stack_global in protocol 4": pickle.dumps([Call(canary)], 4),
-        "after good refs": pickle.dumps([*REFS, Call(canary)], 2),
-        "as a key": pickle.dumps({Path: [Call(canary)]}, 2),
-        "inst": call + b"ios\nsystem\n.",
-        "obj": b"(cos\nsystem\n" + call[1:] + b"o.",
-        "newobj": b"\x80\x02cos\nsystem\n" + call + b"tR.",
-        "build": b"\x80\x02ccanary\nTarget\n)\x81}U\x05stateK\x01sb.",
-        "a harmless class": b"ccollections\nOrderedDict\n(tR.",
-        "ext1": b"\x80\x02\x82\x01.", "ext2": b"\x80\x02\x83\x01\x00.", "ext4": b"\x80\x02\x84\x01\x00\x00\x00.",
-        "persid": b"Pcanary\n.", "binpersid": b"U\x06canaryQ.",
-        "buffer": b"\x80\x05\x97.", "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
-    }
-
-
-@pytest.mark.parametrize("name", hostile(Path("x")))
-def test_a_pickle_that_asks_for_more_than_plain_data_is_refused_and_nothing_runs(tmp_path, name):
-    canary, path = tmp_path / "canary", tmp_path / "r.p"
-    content = hostile(canary)[name]
-    if b"canary" in content and name not in ("build", "persid", "binpersid"):
-        pickle.loads(content)
-        assert canary.exists(), "a dud: it would not have run anyway"
-        canary.unlink()
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"r\.p asks for more than plain data \(\w+\)"):
-        unpickle.load_refs(path)
-    assert not canary.exists()
-
-
-def test_every_truncation_of_a_pickle_is_a_data_error(tmp_path):
-    for dump in (python2, lambda r: pickle.dumps(r, 2)):
-        content = dump(REFS[:2])
-        for end in range(len(content)):
-            (tmp_path / "r.p").write_bytes(content[:end])
-            with pytest.raises(DataError, match="r.p"):
-                unpickle.load_refs(tmp_path / "r.p")
-
-
-@pytest.mark.parametrize("content", [b"\x80\x02]r\xff\xff\xff\x7f.", b"(lp2000000000\n.",
-                                     b"\x80\x02X\xff\xff\xff\xff.", b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b"]."])
-def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
-    (tmp_path / "r.p").write_bytes(content)
-    tracemalloc.start()
-    try:
-        assert unpickle.load_refs(tmp_path / "r.p") == []
-    except DataError:
-        pass
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**20
-
-
-@pytest.mark.parametrize("content", [{}, REFS[0], "refs", 7, [7], [REFS], [REFS[0] | {"sentences": None}]])
-def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
-    (tmp_path / "r.p").write_bytes(pickle.dumps(content, 2))
-    with pytest.raises(DataError, match="r.p"):
-        unpickle.load_refs(tmp_path / "r.p")
-
-
-def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
-    for sentences, refs in ((["a"] * 1001, 1001), (["a" * 10**6], 99)):
-        shared = ref(0, 1, sentences=sentences)
-        (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(refs)], 2))
-        with pytest.raises(DataError, match="more than 1000000 sentences, or one very often"):
-            unpickle.load_refs(tmp_path / "r.p")
-
-
-def test_numbers_as_keys_could_collide_and_are_refused(tmp_path):
-    multiples = {i * (2**61 - 1): None for i in range(9)}  # Python's hash of each is 0
-    for protocol, content in ((0, multiples), (2, multiples), (2, {1: None})):  # DICT or SETITEM, SETITEMS, SETITEM
-        (tmp_path / "r.p").write_bytes(pickle.dumps([content], protocol))
-        with pytest.raises(DataError, match="a key that is no text"):
-            unpickle.load_refs(tmp_path / "r.p")
-    (tmp_path / "r.p").write_bytes(b"(I1\nNd.")
-    with pytest.raises(DataError, match="a key that is no text"):
-        unpickle.load_refs(tmp_path / "r.p")
-
-
-def test_an_unpickler_stops_after_so_many_steps(tmp_path, monkeypatch):
-    """50 refs of three sentences of five words, a thousandth of a published set, take less than a thousandth."""
-    monkeypatch.setattr(data, "MAX_REFS_STEPS", unpickle.MAX_REFS_STEPS // 1000)
-    refs = [ref(n, n, sentences=["a {} on the left"] * 3) for n in range(50)]
-    for protocol in (0, 2, 5):
-        (tmp_path / "r.p").write_bytes(pickle.dumps(refs, protocol))
-        assert unpickle.load_refs(tmp_path / "r.p") == refs
-    for marks, message in ((10_000 - 2, "no list of refs"), (10_000 - 1, "more than 10000 steps")):
-        (tmp_path / "r.p").write_bytes(b"(" * marks + b"}.")  # marks need not be closed
-        with pytest.raises(DataError, match=message):
-            unpickle.load_refs(tmp_path / "r.p")
-
-
-# Each: what stands before, again and again, and after in a hostile JSON file.
-SHAPES = {"lists": (b"[", b"[],", b"0]"), "lists of one": (b"[", b"[1],", b"0]"), "dicts": (b"[", b"{},", b"0]"),
-          "dicts of one": (b"[", b'{"a":1},', b"0]"), "dicts of seven": (
-              b"[", b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7},', b"0]"),
-          "strings": (b"[", b'"ab",', b"0]"), "long characters": (b"[", '"\u0100",'.encode(), b"0]"),
-          "escapes": (b"[", b'"\\u0100",', b"0]"), "floats": (b"[", b"1.5,", b"0]"), "ints": (b"[", b"999,", b"0]"),
-          "nested lists": (b"[", b"[" * 400 + b"]" * 400 + b",", b"0]"),
-          "nested dicts": (b"[", b'{"a":' * 400 + b"1" + b"}" * 400 + b",", b"0]"),
-          "one string": (b'"', b"a", b'"'), "one long string": ('"\U0001f600'.encode(), b"a", b'"'),
-          "one escaped string": (b'"\\ud83d\\ude00', b"a", b'"'), "spaces": (b"[", b" ", b"0]"),
-          "digits": (b"[1.", b"1", b"]"), "lines": (b'"', b"\\n", b'"'), "keys": None, "dicts of a new key": None}
-
-
-def hostile_json(name, size):
-    """-> about so many bytes of JSON."""
-    if SHAPES[name]:
-        before, again, after = SHAPES[name]
-        return before + again * ((size - len(before + after)) // len(again)) + after
-    between, (before, after) = (b"1},{", (b"[{", b"1}]")) if name == "dicts of a new key" else (b"1,", (b"{", b"1}"))
-    keys = range(size // len(b'"%x":' % (size // 10) + between))
-    blocks = (between.join(b'"%x":' % i for i in keys[n:n + 2**16]) for n in keys[::2**16])  # else 7 GB
-    return before + between.join(blocks) + after
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_json_text_takes_no_more_memory_than_its_signs_say(monkeypatch, name):
-    content = hostile_json(name, 200_000)
-    gc.collect()
-    tracemalloc.start()
-    files.parse_json(content, "x.json")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < files.json_memory(content) + 4096  # the parser itself
-    monkeypatch.setattr(data, "MAX_JSON_MEMORY", files.json_memory(content) - 1)
-    with pytest.raises(DataError, match="x.json could take .* GiB of memory"):
-        files.parse_json(content, "x.json")
-
-
-def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatch):
-    """26,000 images and 209,000 annotations of 49 coordinates, the most of the three sets: a hundredth of them."""
-    image = {"license": 5, "file_name": "COCO_train2014_000000098304.jpg", "coco_url": f"http://mscoco.org/{'x' * 36}",
-             "height": 424, "width": 640, "date_captured": "2013-11-21 23:06:41", "id": 98304,
-             "flickr_url": f"http://farm6.staticflickr.com/{'x' * 32}_z.jpg"}
-    outline = [round(100.11 + 7.77 * n, 2) for n in range(49)]
-    annotation = {"segmentation": [outline[:40], outline[40:]], "area": 197.29665, "iscrowd": 0, "image_id": 98304,
-                  "bbox": [263.87, 216.88, 21.13, 15.17], "category_id": 18, "id": 3007}
-    content = {"images": [image] * 260, "annotations": [annotation] * 2090}
-    (tmp_path / "instances.json").write_text(json.dumps(content))
-    assert 1.1e6 < (tmp_path / "instances.json").stat().st_size < 1.4e6
-    monkeypatch.setattr(data, "MAX_JSON_MEMORY", files.MAX_JSON_MEMORY // 100)
-    assert files.read_json(tmp_path / "instances.json") == content
-
+# ---- Refs ----------------------------------------------------------------------------------------
 
 def test_no_world_is_written_that_would_not_be_read(tmp_path, capsys):
     for images in (-5, 0, data.MAX_SHAPES + 1):
         args = data.parse_args(["shapes", "--root", str(tmp_path), "--images", str(images)])
         assert files.run(data.main, args) == 2 and "give 1 to 20000" in capsys.readouterr().err
-    data.shapes.write_shapes(tmp_path, 40, seed=0, limits=0)
+    write_shapes(tmp_path, 40, seed=0, limits=0)
     path = tmp_path / "shapes" / "refs(shapes).p"
     steps = sum(1 for _ in pickletools.genops(path.read_bytes())) / 40
     assert data.MAX_SHAPES * steps < 0.9 * unpickle.MAX_REFS_STEPS
@@ -281,75 +105,6 @@ PEAK = """
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
 """
-READ = """
-import os, sys, time, data
-start = time.process_time()
-try:
-    getattr(data, sys.argv[1])(sys.argv[2])
-    outcome = "read"
-except files.DataError as error:
-    outcome = str(error)
-seconds = time.process_time() - start
-""" + PEAK + """
-print(f"{seconds:.2f} {peak:.3f} {outcome[-80:]}", flush=True)
-os._exit(0)
-"""
-
-
-def read_alone(reader, path):
-    """Reads a file in a process of its own, within 2 GiB and 10 s of processor time."""
-    done = subprocess.run([sys.executable, "-c", READ, reader, str(path)], cwd=Path(data.__file__).parent, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    seconds, peak, outcome = done.stdout.strip().split(" ", 2)
-    print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {seconds} s, {peak} GiB, {outcome}")
-    path.unlink()
-    assert float(peak) < 2 and float(seconds) < 10
-    return outcome
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_hostile_json_file_is_read_or_refused_within_2_gib_and_10_s(tmp_path, monkeypatch, name):
-    """The longest that is parsed, and 512 MiB."""
-    path, most = tmp_path / "x.json", min(files.MAX_BYTES, 2**23 * files.MAX_JSON_MEMORY // files.json_memory(
-        hostile_json(name, 2**23)) * 99 // 100)
-    path.write_bytes(hostile_json(name, most))
-    outcome = read_alone("read_json", path)
-    assert "GiB of memory" not in outcome
-    path.write_bytes(hostile_json(name, files.MAX_BYTES))
-    outcome = read_alone("read_json", path)
-    assert "GiB of memory" in outcome or most == files.MAX_BYTES
-
-
-def keyed(before, after):
-    """A pickle of one dict with as many keys as there is room for."""
-    keys = range(unpickle.MAX_REFS_BYTES // 8)
-    blocks = (b"".join(b"U\x04" + struct.pack("<I", i) + b"N" for i in keys[n:n + 2**16]) for n in keys[::2**16])
-    return before + b"".join(blocks) + after
-
-
-PICKLES = {"lists": b"]", "dicts": b"}", "marks": b"(", "names for one thing": b"\x94", "names for dicts": b"}\x94",
-           "strings": b"U\x02ab", "long characters": b"\x8c\x02\xc4\x80", "numbers": b"M\xff\xff",
-           "dicts of one": b"}U\x01aNs", "lists of one": b"]Na", "nested lists": b"]a"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*PICKLES, "keys", "one ref again and again", "one long string, then dicts"])
-def test_a_hostile_refs_file_is_refused_within_2_gib_and_10_s(tmp_path, name):
-    path, room = tmp_path / "x.p", unpickle.MAX_REFS_BYTES - 1
-    if name in PICKLES:
-        content = b"]" + PICKLES[name] * (room // len(PICKLES[name]))
-    elif name == "keys":
-        content = keyed(b"}(", b"u.")[:unpickle.MAX_REFS_BYTES]
-    elif name == "one ref again and again":
-        one = pickle.dumps(ref(0, 0, sentences=["a"]), 2)[2:-1]
-        content = b"](" + one + b"h\x00" * (unpickle.MAX_REFS_STEPS - 1000) + b"e."
-    else:
-        long = "\U0001f600".encode() + b"a" * (room - 10_000_009)
-        content = b"X" + struct.pack("<I", len(long)) + long + b"}\x94" * 5_000_000
-    path.write_bytes(content)
-    assert read_alone("load_refs", path) != "read"
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
@@ -368,7 +123,7 @@ def test_a_flipped_byte_gives_a_data_set_or_a_data_error(tmp_path_factory, which
         assert str(error)
 
 
-# ---- RefCOCO --------------------------------------------------------------------------------------------------------
+# ---- RefCOCO -------------------------------------------------------------------------------------
 
 def test_sentences_refs_and_images_are_linked_in_file_order(tmp_path):
     dataset = RefCOCO(write_set(tmp_path), "refcoco", "train")
@@ -420,7 +175,7 @@ def without(record, key):
     (ref(9, 1) | {"ann_id": 101}, "ref 9: its annotation 101 is of another image than 1"),
     (ref(9, 1, sentences=(" ",)), "ref 9: sentence 90 is empty"),
     (without(ref(9, 1), "ann_id"), "ref number 1: ann_id is missing or no int"),
-    (ref(9, 1) | {"image_id": "1"}, "ref number 1: image_id is missing or no int"),
+    (ref(9, 1) | {"image_id": "one"}, "ref number 1: image_id is missing or no int"),
     (ref(9, 1) | {"ref_id": 2**70}, "ref number 1: ref_id"),
     (ref(9, 1, sentences=()) | {"sentences": [3]}, "ref number 1: sent_id is missing"),
     (ref(9, 1, sentences=()) | {"sentences": "one"}, "ref number 1: sentences is missing or no list"),
@@ -511,10 +266,6 @@ def test_the_union_has_no_image_of_any_val_or_test_split(tmp_path):
 
 OPEN = """
 import json, sys, time, data
-from support import check
-from support import files
-from support import image_files
-from support import unpickle
 seconds = []
 for _ in range(2):
     start = time.process_time()
@@ -550,7 +301,7 @@ def test_a_set_of_refcocos_size_opens_in_10_seconds_and_2_gib(tmp_path):
     assert first < 10 and second < 1.5 * first and peak < 2
 
 
-# ---- Masks ----------------------------------------------------------------------------------------------------------
+# ---- Masks ---------------------------------------------------------------------------------------
 
 def test_overlapping_polygons_are_a_union(tmp_path):
     write_set(tmp_path, segmentations={0: [box(2, 2, 10, 10), box(7, 7, 10, 10)]})
@@ -561,31 +312,15 @@ def test_overlapping_polygons_are_a_union(tmp_path):
     assert (dataset.mask(0) == expected).all()  # the doubly covered 5 x 5 pixels too
 
 
-def test_run_lengths_of_both_kinds_are_the_same_mask():
-    mask = np.random.default_rng(0).random((23, 31)) < 0.3
-    mask[0, 0] = True  # the first run is empty
-    runs = [0, *np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=~mask[0, 0], append=~mask[-1, -1]))).tolist()]
-    compressed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    for counts in (runs, compressed, compressed.encode()):
-        assert (image_files.decode_mask({"size": [23, 31], "counts": counts}, 31, 23) == mask).all()
-
-
-def test_a_long_run_is_read_as_pycocotools_wrote_it():
-    mask = np.zeros((700, 900), np.uint8, order="F")
-    mask[650:, 800:] = mask[3, 4] = 1
-    counts = coco.encode(mask)["counts"].decode()
-    assert (image_files.decode_mask({"size": [700, 900], "counts": counts}, 900, 700) == mask).all()
-
-
 @pytest.mark.parametrize("segmentation", [
-    [], [[]], [[1, 2, 3, 4]], [box(1, 1, 5, 5), [1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]],
+    [], [[]], [[1, 2, 3, 4]], [[1, 2, 3, 4], [5, 6]], [[1, 2, 3, 4, 5, 6, 7]],
     [[1, 1, 5, float("nan"), 5, 5]], [[1, 1, 1e9, 1, 5, 5]], [[0, 0, float("inf"), 5, 5, 5]], [["a"] * 6], [{}],
     [[[1, 2], [3, 4], [5, 6]]], None, 7, "x", [[0, 0] * 1_000_000], [[0, 0, 31, 22] * 40_000],
     [[0, 0, 1, 0, 1, 1]] * 20_000,
     {}, {"counts": [713]}, {"size": [23, 31]}, {"size": [31, 23], "counts": [713]},
     {"size": [23, 31], "counts": [5, 5]},
     {"size": [23, 31], "counts": [0, 10**12]}, {"size": [23, 31], "counts": [-1, 714]},
-    {"size": [23, 31], "counts": [2**32, 713]}, {"size": [23, 31], "counts": ["713"]},
+    {"size": [23, 31], "counts": [1, 713]}, {"size": [23, 31], "counts": ["713"]},
     {"size": [23, 31], "counts": "52"}, {"size": [23, 31], "counts": "o" * 1000}, {"size": [23, 31], "counts": ""},
     {"size": [23, 31], "counts": "é"}])
 def test_a_senseless_segmentation_is_a_data_error_naming_the_annotation(tmp_path, segmentation):
@@ -595,33 +330,7 @@ def test_a_senseless_segmentation_is_a_data_error_naming_the_annotation(tmp_path
     assert dataset.mask(1).any()
 
 
-# ---- Images ---------------------------------------------------------------------------------------------------------
-
-def pictures():
-    """Name -> (PIL image with the left half dark and the right half light, the format to save it in)."""
-    grey = np.full((17, 22), 51, np.uint8)
-    grey[:, 11:] = 204
-    rgb = Image.fromarray(grey).convert("RGB")
-    clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray(np.where(grey == 51, 255, 0).astype(np.uint8)))  # the right half shows white
-    return {"grey": (rgb.convert("L"), "PNG"), "grey jpeg": (rgb.convert("L"), "JPEG"),
-            "cmyk": (rgb.convert("CMYK"), "JPEG"), "palette": (rgb.convert("P"), "PNG"), "gif": (rgb, "GIF"),
-            "rgba": (clear, "PNG"), "la": (clear.convert("LA"), "PNG"), "1 bit": (Image.fromarray(grey > 100), "PNG"),
-            "16 bits": (Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
-            "16-bit tiff": (Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
-            "32-bit tiff": (Image.fromarray(grey.astype(np.int32) * 257), "TIFF")}
-
-
-@pytest.mark.parametrize("name", pictures())
-def test_every_kind_of_pixel_becomes_rgb_of_the_same_brightness(tmp_path, name):
-    image, form = pictures()[name]
-    image.save(tmp_path / "picture", form)
-    read = image_files.open_image(tmp_path / "picture")
-    dark, light = {"1 bit": (0, 255), "rgba": (51, 255), "la": (51, 255)}.get(name, (51, 204))
-    assert (read.mode, read.size) == ("RGB", (22, 17))
-    assert np.abs(np.asarray(read)[:, :9].astype(int) - dark).max() <= 4
-    assert np.abs(np.asarray(read)[:, 13:].astype(int) - light).max() <= 4
-
+# ---- Images --------------------------------------------------------------------------------------
 
 TURNS = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
@@ -636,63 +345,7 @@ def save_turned(path, upright, orientation):
     return stored
 
 
-@pytest.mark.parametrize("orientation", TURNS)
-def test_an_exif_turned_image_is_read_upright(tmp_path, orientation):
-    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8))
-    save_turned(tmp_path / "x.png", upright, orientation)
-    assert (np.asarray(image_files.open_image(tmp_path / "x.png")) == np.asarray(upright)).all()
-    assert image_files.image_size(tmp_path / "x.png") == upright.size
-
-
-def test_a_record_of_the_stored_size_means_the_stored_pixels(tmp_path):
-    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8))
-    stored = save_turned(tmp_path / "x.png", upright, 6)
-    assert (np.asarray(image_files.open_image(tmp_path / "x.png", (17, 23))) == np.asarray(stored)).all()
-    assert image_files.open_image(tmp_path / "x.png", (23, 17)).size == (23, 17)
-    with pytest.raises(DataError, match="x.png is 23x17, its record says 24x17"):
-        image_files.open_image(tmp_path / "x.png", (24, 17))
-
-
-def png_head(width, height):
-    """A PNG that claims a size and holds nothing."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-
-
-def jpeg():
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("content, message", [
-    (None, "no such image"), (b"", "cannot be read"), (b"GIF89a", "cannot be read"), (jpeg()[:1500], "truncated"),
-    (png_head(10_001, 10_000), "more than 64 megapixels"), (png_head(50_000, 50_000), "cannot be read"),
-    (png_head(30, 30), "cannot be read"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read")])
-def test_a_broken_huge_or_missing_image_is_a_data_error_naming_it(tmp_path, content, message):
-    path = tmp_path / "picture.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        image_files.open_image(path)
-    assert str(path) in str(error.value)
-
-
-@settings(max_examples=150, derandomize=True, deadline=None)
-@given(position=st.integers(0, len(jpeg()) - 1), byte=st.integers(0, 255))
-def test_a_flipped_byte_in_an_image_gives_pixels_or_a_data_error(tmp_path_factory, position, byte):
-    path = tmp_path_factory.mktemp("flip") / "x.jpg"
-    path.write_bytes(jpeg()[:position] + bytes([byte]) + jpeg()[position + 1:])
-    try:
-        assert image_files.open_image(path).mode == "RGB"
-    except DataError as error:
-        assert "x.jpg" in str(error)
-
-
-# ---- One's own data -------------------------------------------------------------------------------------------------
+# ---- One's own data ------------------------------------------------------------------------------
 
 def write_own(folder, *entries):
     folder.mkdir(exist_ok=True)
@@ -794,7 +447,7 @@ def test_polygons_of_an_exif_turned_photo_are_in_its_upright_frame(tmp_path):
     assert dataset.image(0).size == (23, 17)
 
 
-# ---- Plans ----------------------------------------------------------------------------------------------------------
+# ---- Plans ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
@@ -851,7 +504,7 @@ def test_an_evaluation_sees_every_sentence_once_and_images_together(many):
     assert all(sum(len(s) for _, s, _ in b) == 11 for b in batches[:-1])
 
 
-# ---- Augmentation ---------------------------------------------------------------------------------------------------
+# ---- Augmentation --------------------------------------------------------------------------------
 
 def scene():
     """A light disc on a dark ground, and its mask (1, H, W)."""
@@ -898,8 +551,8 @@ def test_saturation_and_intensity_change_within_a_half_and_hue_stays():
 def test_the_border_is_filled_with_the_mean_colour():
     black, full = Image.new("RGB", (50, 50)), np.ones((1, 50, 50), bool)
     corners = [np.asarray(data.augment(black, full, seed)[0])[0, 0] for seed in range(9)]
-    assert any((corner == np.round(255 * np.array(risclip.MEAN))).all() for corner in corners)
-    assert risclip.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max() < 0.01
+    assert any((corner == np.round(255 * np.array(image_files.MEAN))).all() for corner in corners)
+    assert image_files.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max() < 0.01
 
 
 def test_no_object_is_lost_and_left_stays_left():
@@ -912,7 +565,7 @@ def test_no_object_is_lost_and_left_stays_left():
         assert np.nonzero(warped[0])[1].mean() < np.nonzero(warped[1])[1].mean()
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 def test_a_batch_holds_each_image_once_and_a_mask_for_every_sentence(many):
     samples = Samples(many, 24)
@@ -928,7 +581,7 @@ def test_a_batch_holds_each_image_once_and_a_mask_for_every_sentence(many):
     for mask, sentence in zip(batch["masks"], chosen, strict=True):
         full = Image.fromarray(many.mask(sentence.ref).astype(np.uint8))
         assert (mask.numpy() == np.asarray(full.resize((24, 24), Image.NEAREST))).all()
-    assert torch.equal(batch["images"][0], risclip.preprocess(many.image(image), 24))
+    assert torch.equal(batch["images"][0], image_files.preprocess(many.image(image), 24))
 
 
 def test_two_sentences_of_one_ref_share_the_work(many, monkeypatch):
@@ -968,16 +621,7 @@ def test_batches_are_the_same_for_any_number_of_workers(many):
         assert torch.equal(one["images"], other["images"]) and torch.equal(one["masks"], other["masks"])
 
 
-def test_preprocess_squashes_the_whole_image_and_normalises():
-    image = Image.new("RGB", (60, 20), tuple(round(255 * m) for m in risclip.MEAN))
-    image.paste((255, 255, 255), (30, 0, 60, 20))
-    pixels = risclip.preprocess(image, 16)
-    assert pixels.shape == (3, 16, 16) and pixels[:, :, :6].abs().max() < 0.02
-    white = (1 - torch.tensor(risclip.MEAN)) / torch.tensor(risclip.STD)
-    assert torch.allclose(pixels[:, :, 10:], white.view(3, 1, 1).expand(3, 16, 6), atol=0.01)
-
-
-# ---- check, commands ------------------------------------------------------------------------------------------------
+# ---- check, commands -----------------------------------------------------------------------------
 
 def check(capsys, *argv):
     code = files.run(data.main, data.parse_args(["check", *map(str, argv)]))
@@ -1006,7 +650,9 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
                  "ref 5: its annotation 105 is not in", "sentences with the sent_id of another: 1, the first is 10",
                  "image 3 is missing, tried", "1.png cannot be read", "the mask of ref 3 is empty",
                  "ref 8, annotation 108: a polygon of fewer than 3 points",
-                 "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'", "9 problems"):
+                 "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'",
+                 "masks that cover below 0.01% of their image: 1 of 8 that were looked at, the "
+                 "first is of ref 3", "10 problems"):
         assert line in printed.out, line
     assert "val: 2" not in printed.out
     quick = check(capsys, "--root", root, "--dataset", "refcoco", "--quick")[1].out
@@ -1021,9 +667,11 @@ def test_check_names_an_unknown_split(tmp_path, capsys):
 def test_masks_that_are_all_empty_are_one_doubt(tmp_path):
     nothing = [box(-9, -9, 5, 5)]
     write_set(tmp_path, segmentations={r["ref_id"]: nothing for r in REFS})
-    assert check.doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
-    write_instances(tmp_path, "refcoco", REFS, {0: nothing, 1: nothing})
-    assert check.doubts(RefCOCO(tmp_path, "refcoco", "train")) == []
+    assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
+    write_instances(tmp_path, "refcoco", REFS, {1: nothing})
+    assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [
+        "masks that cover below 0.01% of their image: 1 of 3 that were looked at, "
+        "the first is of ref 1"]
 
 
 def test_check_reads_own_json(tmp_path, capsys):
@@ -1036,23 +684,13 @@ def test_check_reads_own_json(tmp_path, capsys):
         assert code == 1 and "no sentences" in printed.out
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "locked/config.json"),
-                                   OSError(errno.ENOSPC, "No space left on device", "locked/config.json")])
-def test_a_file_that_may_not_be_used_is_one_line(error, capsys):
-    def main(args):
-        raise error
-    assert files.run(main, None) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and "locked/config.json" in printed
-
-
 def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):
     """Nothing asks for it, and its sentences would be left out without a word."""
     right = [A | {"split": split} for split in ("train", "val", "test", "testA", "testB")]
-    assert check.doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
+    assert doubts(RefCOCO(tmp_path, write_own(tmp_path, *right), "train")) == []
     path = write_own(tmp_path, *right, B | {"split": "validation"}, B | {"split": "trian"})
     line = "refs of unknown splits: 'trian', 'validation'"
-    assert check.doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
+    assert doubts(RefCOCO(tmp_path, path, "train")) == [line]  # as at training's start
     code, printed = check(capsys, "--root", tmp_path, "--dataset", path)
     assert code == 1 and f"- {line}\n" in printed.out
 
@@ -1063,24 +701,7 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_2(tmp_path, capsys, data
     assert code == 2 and printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("error: ")
 
 
-def test_an_error_cannot_write_to_the_terminal(capsys):
-    def fail(args):
-        raise DataError("two\nlines \x1b[31m")
-    assert files.run(fail, None) == 2
-    assert capsys.readouterr().err == "error: two lines ?[31m\n"
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    files.write_text(tmp_path / "x", "old")
-    monkeypatch.setattr(data, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(DataError, match="x cannot be written .No space left"):
-        files.write_text(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
-    with pytest.raises(DataError, match="cannot be written"):
-        files.write_text(tmp_path / "nowhere" / "x", "new")
-
-
-# ---- Photographs ----------------------------------------------------------------------------------------------------
+# ---- Photographs ---------------------------------------------------------------------------------
 
 def test_photographs_are_read_in_refcocos_own_layout(photos, capsys):
     splits = {s: RefCOCO(photos, "refcoco", s) for s in ("train", "val", "testA", "testB")}

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 import data
 from data import RefCOCO, Samples
 from risclip import CONFIGS
-from support import check, files, images
+from support import files, image_files
+from support.check import doubts
 from support.checkpoint import read_config, read_safetensors
 from support.files import DataError
 
@@ -83,7 +84,7 @@ def as_json(record):
 def read_all(root, dataset):
     """Opens every split's sentences and makes every sample."""
     opened = RefCOCO(root, dataset, "train")
-    check.doubts(opened)
+    doubts(opened)
     samples = Samples(opened, 8)
     for item in data.plan_eval(opened, 3)[0]:
         sample = samples[item]
@@ -193,7 +194,7 @@ def test_an_absurd_size_or_nesting_is_refused(tmp_path, reader):
     with pytest.raises(DataError, match="MiB: is it the right file"):
         read()
     depth = 1_000_000
-    for content in (b"[" * depth, b'{"a":' * depth, b"})" + b"\x85" * depth + b"Ns."):  # a tuple as a pickle's key
+    for content in (b"[" * depth, b'{"a":' * depth):
         path.write_bytes(content)
         with pytest.raises(DataError):
             read()
