@@ -1,4 +1,5 @@
-"""What both kernel tests use: Triton's interpreter made exact for bfloat16, made to count, and a source of mutants."""
+"""What both kernel tests use: Triton's interpreter made exact for bfloat16, made to count, and a
+source of mutants."""
 
 import os
 
@@ -32,19 +33,21 @@ def force(backend):
 
 
 def run(function, inputs, dy=None):
-    """Output and the gradient of every input that requires one. dy is drawn like the output unless it is given."""
+    """Output and the gradient of every input that requires one. dy is drawn like the output unless
+    it is given."""
     y = function(*inputs)
     return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)]
 
 
-# ---- bfloat16 -------------------------------------------------------------------------------------------------------
+# ---- bfloat16 ----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def exact_bf16():
-    """The interpreter holds bfloat16 as uint16: tl.dot multiplies the bit patterns, and float32 is cut, not rounded.
+    """The interpreter holds bfloat16 as uint16: tl.dot multiplies the bit patterns, and float32 is
+    cut, not rounded.
 
-    Inside, operands of a dot are decoded first, and casts round to nearest even, as every GPU does. Yields the set of
-    dtypes that dots multiply.
+    Inside, operands of a dot are decoded first, and casts round to nearest even, as every GPU does.
+    Yields the set of dtypes that dots multiply.
     """
     cast, dot, multiplied = Builder.cast_impl, Builder.create_dot, set()
 
@@ -58,23 +61,31 @@ def exact_bf16():
 
     def create_dot(self, a, b, d, *options):
         multiplied.update((a.dtype.scalar, b.dtype.scalar))
-        a, b = (cast_impl(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        a, b = (
+            cast_impl(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)
+        )
         return dot(self, a, b, d, *options)
 
-    with mock.patch.object(Builder, "cast_impl", cast_impl), mock.patch.object(Builder, "create_dot", create_dot):
+    with (
+        mock.patch.object(Builder, "cast_impl", cast_impl),
+        mock.patch.object(Builder, "create_dot", create_dot),
+    ):
         yield multiplied
 
 
-# ---- memory traffic -------------------------------------------------------------------------------------------------
+# ---- memory traffic ----------------------------------------------------------------------------
 
 class Launch:
-    """One launch of a kernel: its arguments by name, and for each tensor how often each element was loaded, stored."""
+    """One launch of a kernel: its arguments by name, and for each tensor how often each element was
+    loaded, stored."""
 
     def __init__(self, executor, args, constants):
         self.kernel = executor.fn.__name__
         self.arguments = dict(zip(executor.arg_names, args)) | constants
         self.tensors = {k: v for k, v in self.arguments.items() if isinstance(v, torch.Tensor)}
-        self.loads, self.stores = ({k: np.zeros(v.numel(), int) for k, v in self.tensors.items()} for _ in range(2))
+        self.loads, self.stores = (
+            {k: np.zeros(v.numel(), int) for k, v in self.tensors.items()} for _ in range(2)
+        )
 
     def count(self, counts, pointers, mask):
         """Every pointer that the mask lets through must lie in one of the launch's tensors."""
@@ -89,12 +100,18 @@ class Launch:
 
 @contextlib.contextmanager
 def traffic():
-    """Yields the list of Launches inside. Raises at a pointer outside all tensors, before memory is touched.
+    """Yields the list of Launches inside. Raises at a pointer outside all tensors, before memory is
+    touched.
 
-    What a mask leaves out and no `other` defines is 99 or NaN by turns, instead of the interpreter's kind 0.
+    What a mask leaves out and no `other` defines is 99 or NaN by turns, instead of the
+    interpreter's kind 0.
     """
     launches = []
-    call, load, store = GridExecutor.__call__, Builder.create_masked_load, Builder.create_masked_store
+    call, load, store = (
+        GridExecutor.__call__,
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+    )
 
     def counted_call(self, *args, **constants):
         launches.append(Launch(self, args, constants))
@@ -115,7 +132,9 @@ def traffic():
         return store(self, pointers, value, mask, *rest)
 
     def atomic(*_):
-        raise AssertionError("an atomic operation: the order of the sum, and so the result, would be left to chance")
+        raise AssertionError(
+            "an atomic operation: the order of the sum, and so the result, would be left to chance"
+        )
 
     with (mock.patch.object(GridExecutor, "__call__", counted_call),
           mock.patch.object(Builder, "create_masked_load", counted_load),
@@ -125,19 +144,25 @@ def traffic():
 
 
 def assert_traffic(launch, **expected):
-    """expected: name = (loads, stores) of each element, numbers or arrays; tensors not named are not touched."""
+    """expected: name = (loads, stores) of each element, numbers or arrays; tensors not named are
+    not touched."""
     for name, tensor in launch.tensors.items():
-        for what, counts, n in zip(("loaded", "stored"), (launch.loads, launch.stores), expected.get(name, (0, 0))):
+        for what, counts, n in zip(
+            ("loaded", "stored"), (launch.loads, launch.stores), expected.get(name, (0, 0))
+        ):
             wrong = counts[name] != n
-            assert not wrong.any(), (f"{launch.kernel}: {wrong.sum()} of {tensor.numel()} elements of {name} {what} "
-                                     f"{counts[name][wrong][0]} times, planned {n}")
+            assert not wrong.any(), (
+                f"{launch.kernel}: {wrong.sum()} of {tensor.numel()} elements of {name} {what} "
+                f"{counts[name][wrong][0]} times, planned {n}"
+            )
 
 
 def last_offsets(kernel, tensors, program, *sizes, **constants):
-    """{name: greatest element offset accessed} by one program of a launch too large for any memory here.
+    """{name: greatest element offset accessed} by one program of a launch too large for any memory
+    here.
 
-    tensors: {argument: Triton dtype}. They are only addresses: loads give zeros, stores go nowhere. This is how an
-    offset that overflows 32 bits shows without a tensor of 2^31 elements.
+    tensors: {argument: Triton dtype}. They are only addresses: loads give zeros, stores go nowhere.
+    This is how an offset that overflows 32 bits shows without a tensor of 2^31 elements.
     """
     offsets, pointers = {}, []
     for i, dtype in enumerate(map(tl.pointer_type, tensors.values())):
@@ -153,7 +178,9 @@ def last_offsets(kernel, tensors, program, *sizes, **constants):
 
     def load(self, pointers, mask, *_):
         note(pointers, mask)
-        return self.create_fp_to_si(TensorHandle(np.zeros(pointers.data.shape), tl.float64), pointers.get_element_ty())
+        return self.create_fp_to_si(
+            TensorHandle(np.zeros(pointers.data.shape), tl.float64), pointers.get_element_ty()
+        )
 
     def store(self, pointers, value, mask, *_):
         note(pointers, mask)
@@ -167,30 +194,38 @@ def last_offsets(kernel, tensors, program, *sizes, **constants):
     return offsets
 
 
-# ---- mutants --------------------------------------------------------------------------------------------------------
+# ---- mutants -----------------------------------------------------------------------------------
 # All of them, with the count of those caught, broken and alive: pytest -m slow -k any_change -s
 
 SWAPS = {
-    "+": "-", "-": "+", "*": "+", "/": "*", "//": "+", "%": "+", "&": "|", "+=": "-=", "<": "<=", ">": ">=", ">=": "<",
-    "0": "1", "1": "2", "2": "3", "3": "2", "4": "5", "0.0": "1.0", "1e-37": "1e-3", "maximum": "minimum",
-    "minimum": "maximum", "exp": "abs", "log": "abs", "int64": "int32", "axis": "1 - axis",
-    "N": "D", "D": "H", "H": "D", "P": "Q", "Q": "P", "BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M", "ROWS": "BLOCK_K",
-    "ACC": "tl.float32", "DOT": "ACC", "first": "0", "last": "first", "n": "BLOCK", "scale": "(scale * 0 + 1)",
-    "sample": "0", "alpha": "gamma", "gamma": "alpha", "p": "q", "q": "p", "u": "p", "t": "x", "dpt": "dp", "dp": "dpt",
-    "dfocal": "dp", "a_row": "a_k", "a_k": "a_row", "b_k": "b_col", "b_col": "b_k", "rows": "cols", "cols": "rows",
+    "+": "-", "-": "+", "*": "+", "/": "*", "//": "+", "%": "+", "&": "|", "+=": "-=",
+    "<": "<=", ">": ">=", ">=": "<", "0": "1", "1": "2", "2": "3", "3": "2", "4": "5",
+    "0.0": "1.0", "1000.0": "1.0", "1e-37": "1e-3", "maximum": "minimum", "minimum": "maximum",
+    "exp": "abs", "log": "abs", "int64": "int32", "axis": "1 - axis", "N": "D", "D": "H", "H": "D",
+    "BLOCK_M": "BLOCK_N", "BLOCK_N": "BLOCK_M", "ACC": "tl.float32", "DOT": "ACC",
+    "n": "BLOCK", "first": "0", "n_rows": "n_cols", "n_cols": "n_rows", "rows": "cols",
+    "cols": "rows", "scale": "(scale * 0 + 1)", "sample": "0", "chunk": "0", "CHUNK": "BLOCK",
+    "alpha": "gamma", "gamma": "alpha", "p": "q", "q": "p", "p_off": "q_on", "q_on": "p_off",
+    "larger": "smaller", "smaller": "larger", "u": "p", "t": "x", "on": "off", "off": "on",
+    "dpt": "dp", "dp": "dpt", "dfocal": "dp",
     **{mask: f"({mask} | True)" for mask in ("row_ok", "col_ok", "k_ok", "ok")}}
-ROUNDED_DOWN = re.compile(r"t(?:l|riton)\.cdiv\(([\w.\[\]]+), (\w+)\)")  # a // b instead forgets the last tile
+# A // b instead forgets the last tile.
+ROUNDED_DOWN = re.compile(r"t(?:l|riton)\.cdiv\(([\w.\[\]]+), (\w+)\)")
 
 
 def mutants(name):
-    """Yields (label, source) for each change of one operator, number, size, mask or name in kernels/NAME.py.
+    """Yields (label, source) for each change of one operator, number, size, mask or name in
+    kernels/NAME.py.
 
-    Changed are the bodies of the Triton kernels and of their launchers, `forward`, `backward` and `_grid`.
+    Changed are the bodies of the Triton kernels and of their launchers, `forward`, `backward` and
+    `_grid`.
     """
     source = (ROOT / "kernels" / f"{name}.py").read_text()
     lines, functions = source.splitlines(keepends=True), {}
     for node in ast.parse(source).body:
-        jitted = any(ast.unparse(d).startswith("triton.jit") for d in getattr(node, "decorator_list", []))
+        jitted = any(
+            ast.unparse(d).startswith("triton.jit") for d in getattr(node, "decorator_list", [])
+        )
         if jitted or getattr(node, "name", None) in ("forward", "backward", "_grid"):
             first = node.body[isinstance(node.body[0], ast.Expr)]  # after the docstring
             functions |= dict.fromkeys(range(first.lineno, node.end_lineno + 1), node.name)
@@ -198,7 +233,9 @@ def mutants(name):
     def changed(row, start, end, text):
         old = lines[row - 1]
         new = old[:start] + text + old[end:]
-        return f"{functions[row]}: {old.strip()} -> {new.strip()}", "".join([*lines[:row - 1], new, *lines[row:]])
+        return f"{functions[row]}: {old.strip()} -> {new.strip()}", "".join(
+            [*lines[: row - 1], new, *lines[row:]]
+        )
 
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (row, start), (_, end) = token.start, token.end
@@ -207,7 +244,13 @@ def mutants(name):
         line = lines[row - 1]
         assigned = start < line.find(" = ")
         keyword = token.type == tokenize.NAME and line[end:end + 1] == "="
-        attribute = line[start - 1:start] == "." and token.string not in ("exp", "log", "maximum", "minimum", "int64")
+        attribute = line[start - 1 : start] == "." and token.string not in (
+            "exp",
+            "log",
+            "maximum",
+            "minimum",
+            "int64",
+        )
         if not (assigned or keyword or attribute):
             yield changed(row, start, end, SWAPS[token.string])
     for row in functions:
@@ -234,7 +277,8 @@ _number = itertools.count()
 
 
 def survivors(name, prove, directory, every=1):
-    """Runs prove(module) on every n-th mutant. Returns {how it ended: [labels]}: caught, broken (crashed), alive."""
+    """Runs prove(module) on every n-th mutant. Returns {how it ended: [labels]}: caught, broken
+    (crashed), alive."""
     ended = {"caught": [], "broken": [], "alive": []}
     for label, source in itertools.islice(mutants(name), 0, None, every):
         with imported(name, source, directory) as module:
@@ -249,12 +293,20 @@ def survivors(name, prove, directory, every=1):
 
 
 def assert_all_caught(ended, at_least, equivalent=()):
-    """Fails if a mutant is alive whose change is not one of `equivalent`, or if too few were there to be caught.
+    """Fails if a mutant is alive whose change is not one of `equivalent`, or if too few were there
+    to be caught.
 
-    Broken ones crash, which is as good as caught, but a proof in which most crash would say nothing about the checks.
+    Broken ones crash, which is as good as caught, but a proof in which most crash would say nothing
+    about the checks.
     """
     counts = {how: len(labels) for how, labels in ended.items()}
-    print(counts, *(f"{how}: {label}" for how in ("broken", "alive") for label in ended[how]), sep="\n")
-    assert sum(counts.values()) >= at_least and counts["caught"] >= 0.8 * sum(counts.values()), counts
+    print(
+        counts,
+        *(f"{how}: {label}" for how in ("broken", "alive") for label in ended[how]),
+        sep="\n",
+    )
+    assert sum(counts.values()) >= at_least and counts["caught"] >= 0.8 * sum(counts.values()), (
+        counts
+    )
     alive = [label for label in ended["alive"] if not any(change in label for change in equivalent)]
     assert not alive, f"{len(alive)} changes that no check sees:\n" + "\n".join(alive)
