@@ -220,7 +220,7 @@ def row_of(name, cells, paper, table):
 
 
 def figure_1(args, held_out):
-    """OUT/figure1.png: the maps of Table 3's models of seed 0, each trained with the modules it has,
+    """OUT/figure1.png: maps of Table 3's models of seed 0, each trained with the modules it has,
     and the last one's mask."""
     models = {name: RISCLIP.from_pretrained(args.out / f"{cell_name(change)}-0").to(args.run.device)
               for name, change, _ in TABLE_3[:4]}

@@ -10,8 +10,7 @@ from open_clip.model import CLIP
 from safetensors.torch import save as to_bytes
 from torch.utils.data import DataLoader, Dataset
 
-import risclip
-from miniature.clip import TINY_CLIP, clip_state, load_clip_state
+from miniature.clip import TINY_CLIP
 from miniature.shapes import (
     _LINKS,
     NEAR,
@@ -27,8 +26,9 @@ from miniature.shapes import (
     draw_words,
 )
 from risclip import image_layer, text_layer
-from support.checkpoint import find_checkpoint, read_safetensors
-from train import fit
+from support import image_files
+from support.checkpoint import clip_state, find_checkpoint, load_clip_state, read_safetensors
+from support.runs import Run
 
 
 def contrastive_loss(clip, batch):
@@ -69,7 +69,7 @@ def captioned_batches(tokenizer, settings, args, start):
     captioned = Captioned(settings["steps"], settings["batch_size"], args.seed)
     loader = DataLoader(captioned, batch_size=None, sampler=range(start, settings["steps"]), num_workers=args.workers)
     for scenes, texts, truth, corners in loader:
-        images, tokens = risclip.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
+        images, tokens = image_files.normalise(torch.as_tensor(scenes).permute(0, 3, 1, 2)), tokenizer(texts)
         yield {"images": images, "tokens": tokens[:, : int((tokens > 0).sum(1).max())], "lost": 0,
                "truth": torch.as_tensor(truth), "corners": torch.as_tensor(corners),
                "texts": texts[:len(scenes)]}  # the loop counts samples by them
@@ -77,7 +77,7 @@ def captioned_batches(tokenizer, settings, args, start):
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
-def pretrain(args, settings):
+def pretrain(args, settings, fit):
     """Stage 0: a tiny CLIP, trained on statements about shapes -> --out/stage0-STEP/clip.safetensors.
 
     With --clip PATH it starts from those weights.
@@ -99,8 +99,9 @@ def pretrain(args, settings):
     def save(directory):
         directory.mkdir()
         (directory / "clip.safetensors").write_bytes(to_bytes(clip_state(clip)))
-    fit(0, clip, contrastive_loss, lambda start: captioned_batches(tokenizer, settings, args, start),
-        settings["steps"], settings, args, save)
+    def batches(start):
+        return captioned_batches(tokenizer, settings, args, start)
+    fit(clip, contrastive_loss, batches, settings, Run(args, 0, settings["steps"], settings, save))
     print(f"wrote {find_checkpoint(args.out, 0) / 'clip.safetensors'}; train on it with --clip")
 
 

@@ -1,12 +1,13 @@
 """Is a data set whole, and are its masks what somebody meant? For what no reader can decide."""
 
 from collections import Counter
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from support.files import DataError, one_line
-from support.image_files import strays
+from support.image_files import image_size, strays
 from support.pictures import HEIGHT, TRUTH, contact_sheet, fit, outlined, panel
 
 FULL, TINY = 0.98, 0.0001  # shares of an image that few objects cover
@@ -120,3 +121,20 @@ def look(dataset, count=12):
         panels.append(panel({one_line(f"{name}, {dataset.refs[ref].split}"): fit(image),
                              "the mask": fit(masked)}, caption))
     return contact_sheet(panels)
+
+
+def look_ahead(dataset):
+    """Raises DataError now for what would end an evaluation after all the training: an image or
+    mask that is missing or has another size than it should. Reads the heads of files alone."""
+    for i, record in enumerate(dataset.images):
+        size = image_size(dataset.path(i))
+        if record.width and size not in ((record.width, record.height),
+                                         (record.height, record.width)):
+            raise DataError(f"{dataset.path(i)} is {size[0]}x{size[1]}, its record says "
+                            f"{record.width}x{record.height}: is it the right file?")
+    for ref in dataset.refs:
+        if isinstance(ref.segmentation, Path) and (
+                image_size(ref.segmentation) != dataset.size(ref.image)):
+            size = dataset.size(ref.image)
+            raise DataError(f"{ref.segmentation} is not {size[0]}x{size[1]} as its image: a mask "
+                            "has its image's size")
