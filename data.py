@@ -1,5 +1,6 @@
 """Data sets of sentences, images and masks (Sec. 4.1, A.1, Table 2), and the way to a batch.
 
+    python data.py get --root DATA --dataset refcoco       # annotations and images, then check
     python data.py check --root DATA --dataset refcoco     # counts beside the published, bad files
     python data.py look --root DATA --dataset refcoco --out look.png     # masks as they are read
     python data.py shapes --root DATA --images N --seed S  # writes the shapes world
@@ -30,6 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from miniature.shapes import LIMITS, SPLITS, write_shapes
+from support import get
 from support.check import check, look
 from support.files import DataError, check_writable, need, one_line, path_inside, read_json, run
 from support.image_files import MEAN, decode_mask, image_size, mask_file, open_image, preprocess
@@ -415,6 +417,7 @@ def parse_args(argv=None):
                        help="scenes of train, val and test in all (default: 1000); characters and "
                        "absence have 100 each")
     world.add_argument("--seed", type=int, default=0, metavar="S")
+    get.add_flags(commands)
     checking = commands.add_parser("check", help="counts beside the published, what is broken")
     checking.add_argument("--quick", action="store_true",
                           help="look whether the images are there, open none")
@@ -455,7 +458,11 @@ def main(args):
         return 0
     if args.dataset == "combined":
         raise DataError(f"--dataset combined is made of {', '.join(UNION)}: check them one by one")
+    if args.command == "get" and args.dataset == "all":
+        return max(main(argparse.Namespace(**{**vars(args), "dataset": name})) for name in UNION)
     problems = []
+    if args.command == "get":
+        problems = get.get(args.root, args.dataset, REFS_BY[args.dataset], args.source, args.images)
     dataset = RefCOCO(args.root, args.dataset, "all", lambda error: problems.append(str(error)),
                       args.outside)
     problems += check(dataset, PUBLISHED.get(args.dataset, {}), args.quick)
