@@ -1,7 +1,10 @@
-"""The two places where RISCLIP moves more bytes than it must, each as plain torch and as fused Triton kernels.
+"""The two places where RISCLIP moves more bytes than it must, and attention on a CPU.
 
-`adapter` (Sec. 3.1) and `dice_focal` (Sec. 3.5) are what the model calls; `*_reference` is the same mathematics in
-plain torch. Which of the two runs is decided in one place, kernels/backend.py: RISCLIP_KERNELS=triton|torch forces it.
+To read in this order: dice_focal.py (the loss, Sec. 3.5; Triton is explained there), adapter.py
+(the Adapter, Sec. 3.1; tiled matrix products), attention.py (no Triton), backend.py (the switch).
+
+`adapter` and `dice_focal` are what the model calls; `*_reference` is the same mathematics in plain
+torch. Which of the two runs is decided in backend.py; RISCLIP_KERNELS=triton|torch forces it.
 """
 
 from kernels.adapter import adapter, adapter_reference
