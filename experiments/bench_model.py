@@ -333,7 +333,7 @@ def growth_rows(points, copies):
         yield {"": name, "from": a[axis], "to": b[axis],
                "patches": f"{(b['image_size'] / a['image_size'])**2:.2f} x",
                "FLOPs": f"{b['flops'] / a['flops']:.2f} x",
-               "attention's": f"{a['attention'] / a['flops']:.0%}, {b['attention'] / b['flops']:.0%}",
+               "attention's": " -> ".join(f"{p['attention'] / p['flops']:.0%}" for p in (a, b)),
                "seconds": f"{b['seconds'] / a['seconds']:.2f} x",
                "bytes kept": f"{(b['kept'] - copies) / (a['kept'] - copies):.2f} x"}
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, softmax(q k^T / sqrt(d)) v, with a path of its own for bf16 on CPUs.
+"""Attention, softmax(q k^T / sqrt(d)) v, with a path of its own for bf16 on CPUs.
 
 Everywhere else this is torch's fused kernel. On a CPU in bf16 that kernel is slow for long
 sequences: the two products by themselves, one head at a time, take two thirds of its time. One

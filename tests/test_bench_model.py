@@ -1,14 +1,14 @@
 """experiments/bench_model.py: FLOPs, bytes kept for backward and rates are counted right."""
 
-from kernel_proof import force  # isort: skip  # sets TRITON_INTERPRET, so it comes first
-
 import json
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from kernel_proof import force
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench_model
@@ -89,7 +89,7 @@ def test_layers_that_are_computed_again_keep_their_input_and_count_in_the_backwa
     x = torch.randn(2, 17, 128, requires_grad=True)
 
     def forward():
-        return torch.utils.checkpoint.checkpoint(tiny.image_adapters[0][0], x, use_reentrant=False).sum()
+        return checkpoint(tiny.image_adapters[0][0], x, use_reentrant=False).sum()
 
     assert bench_model.kept_bytes(tiny, forward) == x.nbytes
     with bench_model.Flops(tiny) as flops:
@@ -107,7 +107,8 @@ def test_stage_2_stops_at_a_gradient_graph_below_the_decoder(tiny):
     assert tiny.decoder is decoder
     learned = {name.split(".")[0] for name, p in tiny.named_parameters() if p.grad is not None}
     assert learned == {"decoder"}
-    for learns in (tiny.image_adapters[0], tiny.map_threshold):  # features and map, then the map alone
+    # Features and map, then the map alone.
+    for learns in (tiny.image_adapters[0], tiny.map_threshold):
         learns.requires_grad_(True)
         with pytest.raises(SystemExit, match="gradient graph below the decoder"):
             bench_model.stage_2_apart(tiny)
