@@ -23,7 +23,8 @@ def _decode(path, convert):
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such image")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Pillow maps a named file into memory, and then misreads a grey TIFF that is turned.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width}x{image.height} is more than "
                                 f"{MAX_PIXELS // 10**6} megapixels: make it smaller")
@@ -38,8 +39,7 @@ def _decode(path, convert):
 def rgb(image):
     """PIL image of any mode -> RGB; what is transparent is seen on white, 16 bits become 8."""
     if image.mode == "F":
-        raise DataError(f"{getattr(image, 'filename', 'image')}: floating-point pixels: "
-                        "save it with 8 or 16 bits")
+        raise DataError("image: floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         high = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(high.clip(0, 255).astype(np.uint8))

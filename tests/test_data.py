@@ -236,6 +236,33 @@ def test_a_link_cannot_lead_out_of_the_image_folder_but_the_folder_may_be_one(tm
     assert RefCOCO(root, "refcoco", "train").image(1).size == SIZES[3]
 
 
+@pytest.mark.parametrize("number", [str, float], ids=["text", "float"])
+def test_ids_and_sizes_as_exporters_write_them_are_read(tmp_path, number):
+    write_set(tmp_path)
+    path = tmp_path / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for record in (*content["images"], *content["annotations"]):
+        record |= {k: number(record[k]) for k in ("id", "image_id", "width", "height")
+                   if k in record}
+    path.write_text(json.dumps(content))
+    dataset = RefCOCO(tmp_path, "refcoco", "train")
+    assert [i.id for i in dataset.images] == [1, 3] and dataset.mask(0).shape == SIZES[1][::-1]
+    refs = [r | {k: number(r[k]) for k in ("ref_id", "ann_id", "image_id")} for r in REFS]
+    (tmp_path / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs))
+    assert RefCOCO(tmp_path, "refcoco", "train").refs[1][:3] == dataset.refs[1][:3]
+
+
+def test_ids_that_are_no_numbers_are_named(tmp_path):
+    write_set(tmp_path)
+    path = tmp_path / "refcoco/instances.json"
+    content = json.loads(path.read_text())
+    for record in content["images"]:
+        record["id"] = f"img_{record['id']}"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="its image 1 is not in .*no integers, 'img_1' for one"):
+        RefCOCO(tmp_path, "refcoco", "train")
+
+
 @pytest.mark.parametrize("content", [b"", b"[1, 2", b"{}", b'{"annotations": [], "images": 3}', b"[" * 100_000,
                                      b"\xff\xfe"])
 def test_broken_instances_are_a_data_error_naming_the_file(tmp_path, content):
@@ -330,18 +357,48 @@ def test_a_senseless_segmentation_is_a_data_error_naming_the_annotation(tmp_path
     assert dataset.mask(1).any()
 
 
-# ---- Images --------------------------------------------------------------------------------------
+def runs_of(mask):
+    """bool (H, W) -> COCO's uncompressed run lengths of it."""
+    flat = mask.ravel("F")
+    ends = [*np.flatnonzero(flat[1:] != flat[:-1]) + 1, len(flat)]
+    runs = np.diff(ends, prepend=0).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
+
+
+def test_a_list_of_run_lengths_is_their_union(tmp_path):
+    one, two = np.zeros((2, 23, 31), bool)
+    one[2:9, 3:12] = two[5:20, 10:30] = True
+    segmentations = {0: [runs_of(one)], 1: [runs_of(one), runs_of(two)],
+                     3: [runs_of(one) | {"size": [23.0, 31.0]}]}
+    dataset = RefCOCO(write_set(tmp_path, segmentations=segmentations,
+                                images={i: SIZES[1] for i in SIZES}), "refcoco", "train")
+    for ref, mask in enumerate((one, one | two, one)):
+        assert (dataset.mask(ref) == mask).all()
+
+
+def test_a_stray_polygon_beside_good_ones_is_left_out_and_counted(tmp_path, capsys):
+    good = box(2, 3, 8, 9)
+    segmentations = {0: [good, [5, 5, 9, 9]], 1: [[], good, [4.5, 4.5]], 3: [[1, 2, 3, 4]]}
+    dataset = RefCOCO(write_set(tmp_path, segmentations=segmentations), "refcoco", "train")
+    assert dataset.mask(0).sum() == dataset.mask(1).sum() == 72
+    with pytest.raises(DataError, match="ref 3, annotation 103: a polygon of fewer than 3 points"):
+        dataset.mask(2)
+    printed = check(capsys, "--root", tmp_path, "--dataset", "refcoco")[1].out
+    assert "polygons of fewer than 3 points, left out: 3, the first is of ref 0\n" in printed
+
+
+# ---- Turned images --------------------------------------------------------------------------------------
 
 TURNS = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
          5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
 
 
-def save_turned(path, upright, orientation):
+def save_turned(path, upright, orientation, **options):
     """Saves an image as a camera held so would: turned pixels, and the tag that turns them back."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = upright if TURNS[orientation] is None else upright.transpose(TURNS[orientation])
-    stored.save(path, exif=exif)
+    stored.save(path, exif=exif, **options)
     return stored
 
 
@@ -409,6 +466,20 @@ def test_a_path_in_own_json_cannot_leave_its_folder(tmp_path, key, name):
     (tmp_path / "own/folder").symlink_to("..")
     with pytest.raises(DataError, match="entry 0: path"):
         RefCOCO(tmp_path / "own", path, "train").image(0)
+
+
+def test_outside_allows_links_into_another_folder(tmp_path, capsys):
+    path = write_own(tmp_path / "own", B)
+    (tmp_path / "cache").mkdir()
+    for name, blob in (("b.png", "3f786850"), ("mask.png", "89e6c98d")):
+        (tmp_path / "own" / name).rename(tmp_path / "cache" / blob)
+        (tmp_path / "own" / name).symlink_to(f"../cache/{blob}")
+    with pytest.raises(DataError, match="leaves the folder .*--outside"):
+        RefCOCO(tmp_path / "own", path, "train")
+    dataset = RefCOCO(tmp_path / "own", path, "train", outside=True)
+    assert dataset.image(0).size == (11, 13) and dataset.mask(0).sum() == 18
+    code, printed = check(capsys, "--root", tmp_path / "own", "--dataset", path, "--outside")
+    assert code == 0 and "complete" in printed.out
 
 
 @pytest.mark.parametrize("entry, message", [
@@ -651,7 +722,7 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
                  "image 3 is missing, tried", "1.png cannot be read", "the mask of ref 3 is empty",
                  "ref 8, annotation 108: a polygon of fewer than 3 points",
                  "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'",
-                 "masks that cover below 0.01% of their image: 1 of 8 that were looked at, the "
+                 "masks that cover below 0.01% of their image: 1 of 7 that were looked at, the "
                  "first is of ref 3", "10 problems"):
         assert line in printed.out, line
     assert "val: 2" not in printed.out
@@ -672,6 +743,33 @@ def test_masks_that_are_all_empty_are_one_doubt(tmp_path):
     assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [
         "masks that cover below 0.01% of their image: 1 of 3 that were looked at, "
         "the first is of ref 1"]
+
+
+def test_masks_of_nearly_all_or_nothing_are_counted(tmp_path, capsys):
+    sizes = {i: (200, 100) for i in SIZES}
+    segmentations = {0: [box(0, 0, 200, 99)], 1: [box(0, 0, 200, 100)], 3: [box(5, 5, 1, 1)]}
+    write_set(tmp_path, segmentations=segmentations, images=sizes)
+    lines = ["masks that cover above 98% of their image: 2 of {} that were looked at, the first is "
+             "of ref 0", "masks that cover below 0.01% of their image: 1 of {} that were looked at, "
+             "the first is of ref 3"]
+    assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [line.format(3) for line in lines]
+    printed = check(capsys, "--root", tmp_path, "--dataset", "refcoco")[1].out
+    assert all(line.format(5) in printed for line in lines)
+
+
+def test_look_draws_a_sheet_of_what_is_read(tmp_path, capsys):
+    write_set(tmp_path)
+    (tmp_path / "images/mscoco/images/train2014/3.png").unlink()
+    out = tmp_path / "look.png"
+    args = data.parse_args(["look", "--root", str(tmp_path), "--dataset", "refcoco",
+                            "--out", str(out)])
+    assert files.run(data.main, args) == 0 and "wrote" in capsys.readouterr().out
+    assert Image.open(out).width > 900  # three panels in a row, the missing image one of them
+    write_own(tmp_path / "long", A)
+    Image.new("RGB", (4000, 1)).save(tmp_path / "long" / "a.png")
+    args = data.parse_args(["look", "--root", str(tmp_path), "--out", str(out),
+                            "--dataset", str(tmp_path / "long" / "own.json")])
+    assert files.run(data.main, args) == 0 and Image.open(out).width < 3000
 
 
 def test_check_reads_own_json(tmp_path, capsys):

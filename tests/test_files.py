@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -380,6 +381,133 @@ def test_preprocess_squashes_the_whole_image_and_normalises():
     assert torch.allclose(pixels[:, :, 10:], white.view(3, 1, 1).expand(3, 16, 6), atol=0.01)
 
 
+BOX = np.zeros((48, 64), bool)
+BOX[10:26, 20:36] = True
+
+
+def indexed(index, *palette):
+    """uint8 (H, W) -> PIL image of mode P with these colours."""
+    image = Image.fromarray(index.astype(np.uint8))
+    image.putpalette([value for colour in palette for value in colour])
+    return image
+
+
+def cut_out(mode, seed=0):
+    """An image whose ground is transparent and whose object has many colours."""
+    pixels = np.random.default_rng(seed).integers(1, 256, (*BOX.shape, 3), np.uint8)
+    image = Image.fromarray(pixels).convert("RGB" if mode == "RGBA" else "L").convert(mode)
+    image.putalpha(Image.fromarray(BOX))
+    return image
+
+
+WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (128, 0, 0)
+GREY = Image.fromarray(np.where(BOX, 255, 0).astype(np.uint8))
+RIGHT_MASKS = {
+    "white first": (indexed(~BOX, WHITE, BLACK), {}),
+    "white first, all of it": (indexed(np.zeros(BOX.shape), WHITE, BLACK), {}),
+    "a label map": (indexed(BOX * 15, *[BLACK] * 15, RED), {}),
+    "a label map with black labels": (indexed(BOX * 3, *[BLACK] * 10), {}),
+    "a label map, its void transparent": (
+        indexed(np.where(BOX, 1 + np.indices(BOX.shape)[1] % 2, np.eye(48, 64) * 3),
+                BLACK, RED, WHITE, (9, 9, 9)), {"transparency": 3}),
+    "an indexed cut-out": (indexed(BOX, WHITE, RED), {"transparency": 0}),
+    "a black cut-out": (indexed(~BOX, BLACK, WHITE), {"transparency": 1}),
+    "RGBA cut-out": (cut_out("RGBA"), {}), "LA cut-out": (cut_out("LA"), {}),
+    "grey, transparent ground": (Image.fromarray(np.where(BOX, 7, 200).astype(np.uint8)),
+                                 {"transparency": 200}),
+    "opaque": (GREY.convert("RGBA"), {}), "opaque LA": (GREY.convert("LA"), {}),
+    "1 bit": (Image.fromarray(BOX), {}), "grey": (GREY, {}), "RGB": (GREY.convert("RGB"), {}),
+    "16 bits": (Image.fromarray(BOX.astype(np.uint16)), {}),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT_MASKS)
+def test_a_png_mask_of_every_kind_is_read_as_it_looks(tmp_path, name):
+    image, options = RIGHT_MASKS[name]
+    image.save(tmp_path / "m.png", **options)
+    expected = np.ones_like(BOX) if "all of it" in name else BOX
+    assert (image_files.mask_file(tmp_path / "m.png", (64, 48)) == expected).all()
+
+
+def test_a_white_mask_with_a_transparent_margin_keeps_its_black_ground(tmp_path):
+    image = GREY.convert("RGBA")
+    image.putalpha(Image.fromarray(np.indices(BOX.shape)[1] > 4))
+    image.save(tmp_path / "m.png")
+    assert (image_files.mask_file(tmp_path / "m.png", (64, 48)) == BOX).all()
+
+
+@pytest.mark.parametrize("form, image, options", [
+    ("webp", GREY, {"lossless": True}), ("webp", cut_out("RGBA"), {"lossless": True}),
+    ("tiff", GREY, {}), ("tiff", Image.fromarray(BOX), {"compression": "group4"}),
+    ("tiff", GREY, {"compression": "tiff_lzw"}), ("tiff", cut_out("LA"), {}),
+    ("tiff", Image.fromarray(BOX.astype(np.float32)), {}), ("tiff", indexed(~BOX, WHITE, BLACK), {}),
+    ("tiff", Image.fromarray(BOX.astype(np.int32)), {}), ("bmp", GREY, {}),
+    ("bmp", Image.fromarray(BOX), {}), ("bmp", indexed(~BOX, WHITE, BLACK), {}),
+    ("gif", GREY, {}), ("pgm", GREY, {})])
+def test_a_mask_may_have_any_lossless_format(tmp_path, form, image, options):
+    image.save(tmp_path / f"m.{form}", **options)
+    assert (image_files.mask_file(tmp_path / f"m.{form}", (64, 48)) == BOX).all()
+
+
+@pytest.mark.parametrize("form, options", [
+    ("jpg", {}), ("webp", {"quality": 80}), ("webp", {"quality": 80, "exif": Image.Exif()}),
+    ("tiff", {"compression": "jpeg"})])
+def test_a_lossy_mask_gets_a_line_that_says_why_not(tmp_path, form, options):
+    GREY.convert("RGB").save(tmp_path / f"m.{form}", **options)
+    with pytest.raises(DataError, match="compressed with loss .*: save the mask as PNG"):
+        image_files.mask_file(tmp_path / f"m.{form}", (64, 48))
+
+
+@pytest.mark.parametrize("palette", [(WHITE, RED), (RED, WHITE), (WHITE, RED, BLACK)])
+def test_a_palette_that_can_be_read_in_two_ways_asks(tmp_path, palette):
+    indexed(BOX, *palette).save(tmp_path / "m.png")
+    with pytest.raises(DataError, match=r"m\.png has a palette without black in use.*\?"):
+        image_files.mask_file(tmp_path / "m.png", (64, 48))
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_size_and_pixels_of_a_turned_image_agree_in_every_format(tmp_path, form, orientation):
+    upright = Image.new("RGB", (60, 90), "gray")
+    upright.paste("red", (34, 5, 54, 30))
+    path = tmp_path / f"scan.{form}"
+    stored = save_turned(path, upright, orientation)
+    assert image_files.image_size(path) == image_files.open_image(path).size == (60, 90)
+    for frame, size in ((upright, (60, 90)), (stored, (90, 60))):
+        if frame.size == size:
+            read = np.asarray(image_files.open_image(path, size)).astype(int)
+            assert np.abs(read - np.asarray(frame)).mean() < 4
+    if form != "jpg":
+        options = {"lossless": True} if form == "webp" else {}
+        mask = Image.fromarray(np.asarray(upright)[..., 1] < 60)
+        save_turned(path, mask.convert("L"), orientation, **options)
+        assert (image_files.mask_file(path, (60, 90)) == np.asarray(mask)).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+def test_text_of_windows_tools_becomes_utf_8(encoding):
+    text = '{"sentence": "\u5de6\u306e\u732b"}\n{"sentence": "caf\xe9"}\n'
+    assert files.as_utf8(text.encode(encoding), "in.jsonl") == text.encode()
+    assert files.parse_json(text.split("\n")[0].encode(encoding), "x")["sentence"][0] == "\u5de6"
+
+
+def test_text_cut_short_in_utf_16_is_a_data_error():
+    with pytest.raises(DataError, match="in.jsonl is no text in utf-16"):
+        files.as_utf8('{"a": 1}'.encode("utf-16")[:-1], "in.jsonl")
+
+
+@pytest.mark.parametrize("value, number", [(7, 7), (7.0, 7), ("7", 7), ("-7", -7), ("007", 7)])
+def test_a_number_is_read_where_it_is_plain(value, number):
+    assert files.need({"id": value}, "id", int, "x") == number
+
+
+@pytest.mark.parametrize("value", [7.5, "7.5", "seven", "", " 7", float("nan"), float("inf"), 1e300,
+                                   "9" * 50, None, [7]])
+def test_what_is_no_plain_number_is_refused(value):
+    with pytest.raises(DataError, match="x: id is missing or no int"):
+        files.need({"id": value}, "id", int, "x")
+
+
 # ---- Errors, writing -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "locked/config.json"),
@@ -407,3 +535,21 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
     with pytest.raises(DataError, match="cannot be written"):
         files.write_text(tmp_path / "nowhere" / "x", "new")
+
+
+def test_a_sentence_can_be_printed_where_the_terminal_lacks_its_letters():
+    code = ("from support import files\n"
+            "files.run(lambda args: print('caf\\xe9 \\u5de6') or 0, None)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(files.__file__).parents[1],
+                          env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.stdout == b"caf\xe9 \\u5de6\n", done.stderr
+
+
+def test_a_writable_place_is_made_and_an_unusable_one_named(tmp_path):
+    files.check_writable(tmp_path / "new" / "x.png", picture=True)
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "x.doc", "no picture format"),
+                          (tmp_path / "file" / "x.png", "x.png cannot be written")):
+        with pytest.raises(DataError, match=message):
+            files.check_writable(path, picture=True)

@@ -154,7 +154,7 @@ def picture(folder):
 def config(folder):
     path = folder / "config.json"
     good = json.loads(json.dumps(dict(vars(CONFIGS["tiny"]), clip_fingerprint="0" * 16)))
-    return path, bytes_changed(as_json(good)) | value_changed(good, as_json), lambda: read_config(path)
+    return path, bytes_changed(as_json(good)) | value_changed(good, as_json), lambda: read_config(path, CONFIGS)
 
 
 def weights(folder):
