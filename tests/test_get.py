@@ -104,6 +104,9 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.parquet, self.images, self.faults, self.asked, self.delay = {}, {}, {}, [], 0
 
+    def handle_error(self, request, client_address):
+        """A killed run hangs up."""
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
