@@ -354,7 +354,8 @@ def augment(image, masks, seed):
         factors = (1.0, *torch.empty(2).uniform_(0.5, 1.5).tolist())  # hue, saturation, value
         table = [min(255, round(i * factor)) for factor in factors for i in range(256)]
         image = image.convert("HSV").point(table).convert("RGB")
-        warped, warped_masks = AFFINE(image, tv_tensors.Mask(torch.from_numpy(masks.astype(np.uint8))))
+        stack = tv_tensors.Mask(torch.from_numpy(masks.astype(np.uint8)))
+        warped, warped_masks = AFFINE(image, stack)
     warped_masks = warped_masks.numpy().astype(bool)
     kept = (warped_masks.any((1, 2)) == masks.any((1, 2))).all()
     return (warped, warped_masks) if kept else (image, masks)

@@ -1,4 +1,4 @@
-"""What every file needs: one clear line for a bad one, bounded sizes, and writing whole or not at all."""
+"""What every file needs: one clear line if it is bad, a bounded size, writing whole or not at all."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# An OSError that tells of the machine and not of the code: a full disk, a file that may not be used.
+# An OSError that tells of the machine, not of the code: a full disk, a file that may not be used.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
                errno.ENOLCK)
 MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is smaller than COCO's
@@ -141,7 +141,8 @@ def as_utf8(content, where):
     try:
         return content.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is no text in {encoding} ({error.reason}): is it whole?") from error
+        raise DataError(f"{where} is no text in {encoding} ({error.reason}): "
+                        "is it whole?") from error
 
 
 def json_memory(content):

@@ -104,8 +104,8 @@ def mask_file(path, size):
     """
     def convert(image):
         if _is_lossy(image, path):
-            raise DataError(f"{path} is compressed with loss ({image.format}), which changes pixels "
-                            "along a mask's edge: save the mask as PNG")
+            raise DataError(f"{path} is compressed with loss ({image.format}), which changes "
+                            "pixels along a mask's edge: save the mask as PNG")
         framed = _in_frame(image, size)
         if framed is None:
             width, height = _sizes(image)[1]
