@@ -1,4 +1,4 @@
-"""What every file needs: one clear line if it is bad, a bounded size, writing whole or not at all."""
+"""What every file needs: one clear line if bad, a bounded size, writing whole or not at all."""
 
 import errno
 import json
