@@ -36,7 +36,7 @@ class Run:
         run.sound()
 
     A kill at any moment costs no bit of the result. SIGTERM and Ctrl-C wait for the step to end,
-    which then is saved; a second one ends the process at once.
+    which then is saved; a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, args, stage, steps, settings, save):
@@ -67,9 +67,10 @@ class Run:
         return self
 
     def note(self, number, frame):
-        """Notes a signal. A second one does what it always does."""
+        """Notes a signal. A second Ctrl-C does what it always does."""
         self.asked.append(number)
-        signal.signal(number, self.handlers[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
