@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
-    parser.add_argument("image", nargs="?")
+    parser.add_argument("image", nargs="?", help="a picture file")
     parser.add_argument("sentences", nargs="*", metavar="sentence")
     parser.add_argument("--out", help="a picture with the masks outlined (default: overlay.png), "
                         "or the file for --jsonl")

@@ -13,10 +13,13 @@ training is in train.py, and what the paper leaves open is in docs/paper.md.
     t_k^m', v_l^m'        CFE.s2t(t_m), CFE.s2v(v_m)       Eq. 3     as t_k, v_l
     V_patch, t_eos        patches, sentence                Sec. 3.1  (B, N, d), (B, d)
     map_patch             sigmoid(patch_logits)            Sec. 3.4  (B, h, w), h * w = N
-    D_i, d_i, u           Decoder.blocks, d, Decoder.up    Sec. 3.4  (B, C_i, h * 2^(4-i), ...)
-    map_pixel             sigmoid(mask_logits)             Sec. 3.4  (B, 2, H, W)
+    u(v_i)                Decoder.up                       Sec. 3.4  (B, C_i, h * 2^(4-i), ...)
+    D_i, d_i              Decoder.blocks and doubling, d   Sec. 3.4  (B, C_i, h * 2^(5-i), ...)
+    map_pixel             sigmoid(mask_logits)             Sec. 3.4  (B, 2, S, S)
 
-B sentences, T tokens in the longest of them, N patches, d the width of CLIP's shared space.
+B sentences, T tokens in the longest of them, N patches, S pixels per side of the image, d the width
+of CLIP's shared space and of CFE's own. patch_logits = temperature * (cosine - threshold): both are
+ours, since the sigmoid of a bare cosine is nearly flat (docs/paper.md).
 
 Sec. 3.1 frozen CLIP, image_layer, text_layer, Adapter -- 3.2 CFE -- 3.3 SKE -- 3.4 Decoder --
 Figure 2 is RISCLIP.forward, a line for each box.
@@ -201,8 +204,8 @@ class Attention(nn.Module):
     """Multi-head attention: MHCA if `context` is the other modality, MHSA if it is x itself.
 
     x (B, Nq, d), context (B, Nk, d) -> (B, Nq, d). keep (B, Nk) bool or None: the keys that may be
-    attended to. A.1, 'Additional techniques': each head has a learnable temperature, a factor of
-    the query, as CLIP's logit_scale is a factor.
+    attended to. A.1, 'Additional techniques': each head has a learnable temperature. It is a factor
+    of the query, as CLIP's logit_scale is, not a divisor; the map's temperature is a factor too.
     """
 
     def __init__(self, width, heads):
@@ -273,8 +276,8 @@ class CFE(nn.Module):
 class SKEStream(nn.Module):
     """One modality in an SKE: MHCA, MHSA, MLP, each behind an LN, each residual and scaled.
 
-    x (B, N, d), m (B, N, d): what MHCA brings to it -> (B, N, d). MHSA's values and the MLP's last
-    layer start at zero.
+    x (B, T or N, d), m of the same shape: what SKE's MHCA brings, which SKE runs behind ln_mhca ->
+    as x. MHSA's values and the MLP's last layer start at zero.
     """
 
     def __init__(self, width, heads, scale):
@@ -291,7 +294,7 @@ class SKEStream(nn.Module):
     def forward(self, x, m, keep=None):
         if m is not None:
             x = x + self.scale_mhca * m
-        y = autocast_dtype(self.ln_mhsa(x))
+        y = autocast_dtype(self.ln_mhsa(x))  # cast once: q, k and v would each keep a copy
         x = x + self.scale_mhsa * self.mhsa(y, y, keep)
         return x + self.scale_mlp * self.mlp(self.ln_mlp(x))
 
@@ -321,10 +324,10 @@ class SKE(nn.Module):
 class Decoder(nn.Module):
     """Sharpens the patch map with the image tower's first four layers. Sec. 3.4:
 
-        d_4 = D_4([map_patch; u(v_4)]),  d_i = D_i([d_{i+1}; u(v_i)])
+        d_4 = D_4([v_4; map_patch]),  d_i = D_i([d_{i+1}; u(v_i)])
 
-    The channels are concatenated in the order [u(v_i); d_{i+1}]. u is a transposed convolution
-    with stride = kernel (1 x 1 for v_4), which also reduces v_i to C_i channels. D_i is twice
+    Here the order is [u(v_i); d_{i+1}] throughout, and u of v_4 is a 1 x 1 convolution. Otherwise u
+    is a transposed convolution with stride = kernel. Both reduce v_i to C_i channels. D_i is twice
     (3 x 3 convolution, ReLU, batch norm) and doubles the resolution, until a patch is pixels
     again: four doublings for patches of 16 and 14 (L's 640 x 640 scores are resized to its image's
     560), three for tiny's 8.
@@ -335,7 +338,7 @@ class Decoder(nn.Module):
         self.doublings = math.ceil(math.log2(patch_size))
         ups, blocks, below = [], [], 1  # map_patch has one channel
         for step, C in enumerate(widths):  # i = 4, 3, 2, 1
-            r = 2 ** min(step, self.doublings)  # resolution of d_{i+1}, in patches
+            r = 2 ** min(step, self.doublings)  # d_{i+1} has r x r pixels per patch
             ups.append(nn.Conv2d(image_width, C, 1) if r == 1 else
                        nn.ConvTranspose2d(image_width, C, kernel_size=r, stride=r))
             blocks.append(nn.Sequential(
@@ -438,7 +441,7 @@ class RISCLIP(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.clip.eval()  # frozen: no patch dropout
+        self.clip.eval()  # always, even when it is fine-tuned
         return self
 
     def tokenize(self, texts):
@@ -463,7 +466,7 @@ class RISCLIP(nn.Module):
             v, features = lower or self.lower_layers(images)
             if image_index is None:
                 image_index = torch.arange(B, device=tokens.device)
-            # index_select, because the gradient of v[image_index] is summed in any order
+            # index_select: on a CPU its gradient is summed in a fixed order, v[image_index]'s not
             v, *features = (x.index_select(0, image_index) for x in (v, *features))
 
             t = self.clip.token_embedding(tokens) + self.clip.positional_embedding[:T]
@@ -481,6 +484,7 @@ class RISCLIP(nn.Module):
 
         output = {"patch_logits": self.grounding_map(t, v, eos)}  # Sec. 3.1
         if self.decoder is not None:  # Sec. 3.4
+            # (B, N, D_v) -> (B, D_v, h, w), in the refiner's precision (Table A1)
             features = [v_i.transpose(1, 2).unflatten(2, self.grid).float() for v_i in features]
             map_patch = output["patch_logits"].sigmoid()
             output["mask_logits"] = self.decoder(features, map_patch, self.config.image_size)
@@ -491,7 +495,8 @@ class RISCLIP(nn.Module):
 
         images (I, 3, S, S) -> v (I, 1 + N, D_v), and those of v_1 ... v_4 that are among them.
         """
-        v, features = self.visual._embeds(images), []  # [CLS] and the patches
+        # Patches, [CLS], positions, ln_pre; open_clip has no public name for it.
+        v, features = self.visual._embeds(images), []
         for i in range(self.image_below):
             v = self.image_layer(i, v, features)
         return v, features

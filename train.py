@@ -64,8 +64,8 @@ SHAPES_IMAGES = 5000  # of the shapes data set, written under --data-root when i
 # ---- Losses (Sec. 3.5) -------------------------------------------------------------------------
 
 def patch_target(masks, patch_size):
-    """mask_patch: masks (B, S, S) -> (B, S / p, S / p) bool, the patches that the object fills to
-    one half. An object too small to fill any keeps those that it fills most."""
+    """mask_patch: masks (B, S, S) -> (B, S / p, S / p) bool, the patches of which the object covers
+    at least half. An object too small for any keeps those that it covers most."""
     area = F.avg_pool2d(masks.float(), patch_size)  # the share of each patch that it fills
     most = area.amax((1, 2), keepdim=True)
     enough = most.clamp(max=0.5)
