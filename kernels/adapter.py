@@ -21,8 +21,8 @@ Steps 1 to 4 are kernels. Nothing is left to fuse to 5 and 6, so they are torch.
 Backward needs x and h and nothing else: with z = h w_up^T + b_up, the derivatives for w_up, b_up
 and scale are dw_up = scale * G (by rows), db_up = scale * sum(dy), and
 dscale = sum(dy * z) = rowsum(w_up * G) + b_up * sum(dy), so that z, which eager PyTorch must keep
-(92 MB per Adapter), is never needed. sum(dy) and db_down = sum(dpre) are taken in steps 4 and 3 from
-tiles that are in registers anyway. 2484 MB forward and backward in eager become 1087 MB.
+(92 MB per Adapter), is never needed. sum(dy) and db_down = sum(dpre) are taken in steps 4 and 3
+from tiles that are in registers anyway. 2484 MB forward and backward in eager become 1087 MB.
 
 Dtypes. Outside autocast all six tensors have one dtype. Under autocast weights and biases are cast
 to autocast's dtype, the matrix products run in it, and gradients flow back through the cast, as

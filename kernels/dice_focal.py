@@ -287,7 +287,8 @@ def dice_focal(logits, target, dice_weight=1.0, focal_weight=1.75, alpha=0.65, g
     logits (B, n) or (B, H, W): B samples. (B, C, H, W): B * C samples, each channel with a dice of
     its own.
     target of the same shape, in [0, 1]: bool, uint8 or floating point. It receives no gradient.
-    A bool target's values need no check. The others are checked, which reads them once more and waits
+    A bool target's values need no check. The others are checked, which reads them once more and
+    waits
     for the GPU once, so pass bool for a hard mask. Under torch.compile, which cannot look at
     values, they are not checked. Raises ValueError if the two do not fit each other.
     """

@@ -1,4 +1,5 @@
-"""What the processes of a torchrun tell each other. Without torchrun there is one, and nothing here does anything."""
+"""What the processes of a torchrun tell each other. Without torchrun there is one, and nothing here
+does anything."""
 
 import atexit
 import os
@@ -12,7 +13,8 @@ MAIN = RANK == 0  # the process that writes, and prints
 
 
 def start(device):
-    """Meets the other processes: gloo on CPUs, nccl for tensors on GPUs, of which each process takes its own."""
+    """Meets the other processes: gloo on CPUs, nccl for tensors on GPUs, of which each process
+    takes its own."""
     if WORLD == 1 or dist.is_initialized():
         return
     cuda = torch.device(device).type == "cuda"
@@ -25,7 +27,8 @@ def start(device):
 
 
 def gather(value):
-    """-> the list of every process's value, in order of rank. Nobody goes on before all have come here."""
+    """-> the list of every process's value, in order of rank. Nobody goes on before all have come
+    here."""
     if WORLD == 1:
         return [value]
     values = [None] * WORLD

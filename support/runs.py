@@ -42,7 +42,8 @@ class Run:
     def __init__(self, args, stage, steps, settings, save):
         """settings: what must agree when the run is resumed. save(directory): writes weights."""
         self.out, self.device, self.accumulate = args.out, args.device, args.accumulate
-        self.stage, self.steps, self.save, self.save_every = stage, steps, save, settings["save_every"]
+        self.stage, self.steps, self.save = stage, steps, save
+        self.save_every = settings["save_every"]
         # A step is the same however its batch is split into parts.
         self.settings = {**settings, "stage": stage, "steps": steps, "seed": args.seed,
                          "dataset": args.dataset, "accumulate": args.accumulate * processes.WORLD}

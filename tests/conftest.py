@@ -1,7 +1,8 @@
 import os
 import tempfile
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
+# before anything imports triton: its kernels run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads,
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp()  # nor finds what a user has downloaded
@@ -25,18 +26,27 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Two pictures of a photograph's size in RefCOCO's layout, with refs and sentences in all its splits."""
+    """Two pictures of a photograph's size in RefCOCO's layout, with refs and sentences in all its
+    splits."""
     from test_data import box, ref, write_set
-    splits = {"train": (2, 3, 2, 2), "val": (2, 2), "testA": (2,), "testB": (2, 2)}  # how many sentences a ref has
+
+    # how many sentences a ref has
+    splits = {"train": (2, 3, 2, 2), "val": (2, 2), "testA": (2,), "testB": (2, 2)}
     refs = [(split, sentences) for split, counts in splits.items() for sentences in counts]
-    refs = [ref(i, 1 + i % 2, split, ("the {} bowl", "fork {}", "left {}")[:n]) for i, (split, n) in enumerate(refs)]
+    refs = [
+        ref(i, 1 + i % 2, split, ("the {} bowl", "fork {}", "left {}")[:n])
+        for i, (split, n) in enumerate(refs)
+    ]
     boxes = {r["ref_id"]: [box(40 + 30 * r["ref_id"], 60, 160, 200)] for r in refs}
-    return write_set(tmp_path_factory.mktemp("photos"), "refcoco", refs, boxes, {1: (640, 480), 2: (500, 375)})
+    return write_set(
+        tmp_path_factory.mktemp("photos"), "refcoco", refs, boxes, {1: (640, 480), 2: (500, 375)}
+    )
 
 
 @pytest.fixture
 def tiny():
-    """The miniature, its modules moved away from their initial values so that each of them matters."""
+    """The miniature, its modules moved away from their initial values so that each of them matters.
+    """
     torch.manual_seed(0)
     model = RISCLIP(replace(CONFIGS["tiny"], clip="pretrained"))
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""The readers, their traps, and batches. Small real files in tmp_path; photographs where there are some."""
+"""The readers, their traps, and batches. Small real files in tmp_path; photographs where there are
+some."""
 
 import json
 import os
@@ -24,7 +25,9 @@ from support.check import doubts
 from support.files import DataError
 
 # pycocotools' own, with numpy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:This DataLoader will create")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation", "ignore:This DataLoader will create"
+)
 
 
 SIZES = {1: (31, 23), 2: (29, 37), 3: (41, 19)}  # image id -> width, height
@@ -35,13 +38,33 @@ def box(x, y, w, h):
 
 
 def ref(ref_id, image_id, split="train", sentences=("the {} thing",), **changes):
-    return {"ref_id": ref_id, "ann_id": 100 + ref_id, "image_id": image_id, "category_id": 1, "split": split,
-            "file_name": f"COCO_{image_id}_{ref_id}.jpg", "sent_ids": [10 * ref_id + k for k in range(len(sentences))],
-            "sentences": [{"sent": s.format(ref_id), "raw": s.format(ref_id).upper(), "sent_id": 10 * ref_id + k,
-                           "tokens": s.split()} for k, s in enumerate(sentences)]} | changes
+    return {
+        "ref_id": ref_id,
+        "ann_id": 100 + ref_id,
+        "image_id": image_id,
+        "category_id": 1,
+        "split": split,
+        "file_name": f"COCO_{image_id}_{ref_id}.jpg",
+        "sent_ids": [10 * ref_id + k for k in range(len(sentences))],
+        "sentences": [
+            {
+                "sent": s.format(ref_id),
+                "raw": s.format(ref_id).upper(),
+                "sent_id": 10 * ref_id + k,
+                "tokens": s.split(),
+            }
+            for k, s in enumerate(sentences)
+        ],
+    } | changes
 
 
-REFS = [ref(0, 1, sentences=("left {}", "leftmost {}")), ref(1, 1), ref(2, 2, "val"), ref(3, 3), ref(4, 2, "val")]
+REFS = [
+    ref(0, 1, sentences=("left {}", "leftmost {}")),
+    ref(1, 1),
+    ref(2, 2, "val"),
+    ref(3, 3),
+    ref(4, 2, "val"),
+]
 
 
 def write_set(root, name="refcoco", refs=REFS, segmentations=(), images=SIZES, dump=None):
@@ -51,7 +74,9 @@ def write_set(root, name="refcoco", refs=REFS, segmentations=(), images=SIZES, d
     folder = root / ("images/shapes" if name == "shapes" else "images/mscoco/images/train2014")
     folder.mkdir(parents=True, exist_ok=True)
     for i, size in images.items():
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), np.uint8)).save(
+            folder / f"{i}.png"
+        )
     write_instances(root, name, refs, segmentations, images)
     path = root / name / f"refs({data.REFS_BY[name]}).p"
     path.write_bytes((dump or python2)(refs))
@@ -59,15 +84,35 @@ def write_set(root, name="refcoco", refs=REFS, segmentations=(), images=SIZES, d
 
 
 def write_instances(root, name, refs, segmentations, images=SIZES):
-    (root / name / "instances.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in images.items()],
-        "annotations": [{"id": r.get("ann_id"), "image_id": r["image_id"], "iscrowd": 0, "area": 1.0, "category_id": 1,
-                         "segmentation": segmentations.get(r["ref_id"], [box(2 + r["ref_id"], 3, 8, 9)])}
-                        for r in refs]}))
+    (root / name / "instances.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i, "file_name": f"{i}.png", "width": w, "height": h}
+                    for i, (w, h) in images.items()
+                ],
+                "annotations": [
+                    {
+                        "id": r.get("ann_id"),
+                        "image_id": r["image_id"],
+                        "iscrowd": 0,
+                        "area": 1.0,
+                        "category_id": 1,
+                        "segmentation": segmentations.get(
+                            r["ref_id"], [box(2 + r["ref_id"], 3, 8, 9)]
+                        ),
+                    }
+                    for r in refs
+                ],
+            }
+        )
+    )
 
 
 def python2(value):
-    """Pickles as Python 2 did by default: protocol 0, text, byte strings, and every int above 99 as a long."""
+    """Pickles as Python 2 did by default: protocol 0, text, byte strings, and every int above 99 as
+    a long."""
+
     def write(value):
         if isinstance(value, dict):
             return b"(d" + b"".join(write(k) + write(v) + b"s" for k, v in value.items())
@@ -76,10 +121,12 @@ def python2(value):
         if isinstance(value, str):
             return b"S" + repr(value.encode("latin1"))[1:].encode() + b"\n"
         return b"L%dL\n" % value if value > 99 else b"I%d\n" % value
+
     return write(value) + b"."
 
 
 # ---- Refs ----------------------------------------------------------------------------------------
+
 
 def test_no_world_is_written_that_would_not_be_read(tmp_path, capsys):
     for images in (-5, 0, data.MAX_SHAPES + 1):
@@ -108,7 +155,11 @@ with open("/proc/self/status") as status:
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(which=st.sampled_from(["refs(unc).p", "instances.json"]), position=st.floats(0, 1), byte=st.integers(0, 255))
+@given(
+    which=st.sampled_from(["refs(unc).p", "instances.json"]),
+    position=st.floats(0, 1),
+    byte=st.integers(0, 255),
+)
 def test_a_flipped_byte_gives_a_data_set_or_a_data_error(tmp_path_factory, which, position, byte):
     root = write_set(tmp_path_factory.mktemp("flip"))
     path = root / "refcoco" / which
@@ -125,10 +176,15 @@ def test_a_flipped_byte_gives_a_data_set_or_a_data_error(tmp_path_factory, which
 
 # ---- RefCOCO -------------------------------------------------------------------------------------
 
+
 def test_sentences_refs_and_images_are_linked_in_file_order(tmp_path):
     dataset = RefCOCO(write_set(tmp_path), "refcoco", "train")
     assert [(s.sent_id, s.text) for s in dataset.sentences] == [
-        (0, "left 0"), (1, "leftmost 0"), (10, "the 1 thing"), (30, "the 3 thing")]
+        (0, "left 0"),
+        (1, "leftmost 0"),
+        (10, "the 1 thing"),
+        (30, "the 3 thing"),
+    ]
     assert [dataset.refs[s.ref].ref_id for s in dataset.sentences] == [0, 0, 1, 3]
     assert [dataset.images[s.image].id for s in dataset.sentences] == [1, 1, 1, 3]
     assert [r.split for r in dataset.refs] == ["train"] * 3
@@ -153,7 +209,12 @@ def test_images_are_found_in_either_place(tmp_path, place):
 def test_a_missing_data_root_names_every_path_tried(tmp_path):
     with pytest.raises(DataError) as error:
         RefCOCO(tmp_path / "nowhere", "refcocog", "val")
-    for tried in ("refcocog/refs(umd).p", "refcocog/instances.json", "mscoco/images/train2014", "nowhere/train2014"):
+    for tried in (
+        "refcocog/refs(umd).p",
+        "refcocog/instances.json",
+        "mscoco/images/train2014",
+        "nowhere/train2014",
+    ):
         assert tried in str(error.value)
 
 
@@ -170,16 +231,22 @@ def without(record, key):
     return {k: v for k, v in record.items() if k != key}
 
 
-@pytest.mark.parametrize("bad, message", [
-    (ref(9, 7), "ref 9: its image 7 is not in"),
-    (ref(9, 1) | {"ann_id": 101}, "ref 9: its annotation 101 is of another image than 1"),
-    (ref(9, 1, sentences=(" ",)), "ref 9: sentence 90 is empty"),
-    (without(ref(9, 1), "ann_id"), "ref number 1: ann_id is missing or no int"),
-    (ref(9, 1) | {"image_id": "one"}, "ref number 1: image_id is missing or no int"),
-    (ref(9, 1) | {"ref_id": 2**70}, "ref number 1: ref_id"),
-    (ref(9, 1, sentences=()) | {"sentences": [3]}, "ref number 1: sent_id is missing"),
-    (ref(9, 1, sentences=()) | {"sentences": "one"}, "ref number 1: sentences is missing or no list"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (ref(9, 7), "ref 9: its image 7 is not in"),
+        (ref(9, 1) | {"ann_id": 101}, "ref 9: its annotation 101 is of another image than 1"),
+        (ref(9, 1, sentences=(" ",)), "ref 9: sentence 90 is empty"),
+        (without(ref(9, 1), "ann_id"), "ref number 1: ann_id is missing or no int"),
+        (ref(9, 1) | {"image_id": "one"}, "ref number 1: image_id is missing or no int"),
+        (ref(9, 1) | {"ref_id": 2**70}, "ref number 1: ref_id"),
+        (ref(9, 1, sentences=()) | {"sentences": [3]}, "ref number 1: sent_id is missing"),
+        (
+            ref(9, 1, sentences=()) | {"sentences": "one"},
+            "ref number 1: sentences is missing or no list",
+        ),
+    ],
+)
 def test_a_bad_ref_is_named(tmp_path, bad, message):
     write_set(tmp_path, refs=[REFS[0], bad], dump=lambda r: pickle.dumps(r, 2))
     if bad.get("ann_id") == 101:
@@ -199,13 +266,23 @@ def test_a_ref_without_its_annotation_is_named(tmp_path):
 def test_sent_falls_back_to_raw(tmp_path):
     only_raw = ref(0, 1)
     del only_raw["sentences"][0]["sent"]
-    assert RefCOCO(write_set(tmp_path, refs=[only_raw]), "refcoco", "train").sentences[0].text == "THE 0 THING"
+    assert (
+        RefCOCO(write_set(tmp_path, refs=[only_raw]), "refcoco", "train").sentences[0].text
+        == "THE 0 THING"
+    )
 
 
-@pytest.mark.parametrize("dataset, split, message", [
-    ("refcoco", "test", "no split 'test': give train, val, testA, testB"), ("refcocog", "testA", "train, val, test$"),
-    ("combined", "val", "only train: evaluate on refcoco, refcoco"), ("coco", "train", "--dataset coco: give refcoco"),
-    ("refcoco", "testA", "no sentence of split 'testA'"), ("mine.json", "train", "mine.json: no such file")])
+@pytest.mark.parametrize(
+    "dataset, split, message",
+    [
+        ("refcoco", "test", "no split 'test': give train, val, testA, testB"),
+        ("refcocog", "testA", "train, val, test$"),
+        ("combined", "val", "only train: evaluate on refcoco, refcoco"),
+        ("coco", "train", "--dataset coco: give refcoco"),
+        ("refcoco", "testA", "no sentence of split 'testA'"),
+        ("mine.json", "train", "mine.json: no such file"),
+    ],
+)
 def test_an_unknown_data_set_or_split_says_which_there_are(tmp_path, dataset, split, message):
     with pytest.raises(DataError, match=message):
         RefCOCO(write_set(tmp_path), dataset, split)
@@ -229,7 +306,9 @@ def test_a_link_cannot_lead_out_of_the_image_folder_but_the_folder_may_be_one(tm
     folder = root / "images/mscoco/images/train2014"
     (folder / "1.png").unlink()
     (folder / "1.png").symlink_to(target.replace("ABSOLUTE", str(tmp_path / "secret.png")))
-    with pytest.raises(DataError, match="image 1: path '1.png'.*(leaves the folder .*train2014|[Ll]oop)"):
+    with pytest.raises(
+        DataError, match="image 1: path '1.png'.*(leaves the folder .*train2014|[Ll]oop)"
+    ):
         RefCOCO(root, "refcoco", "train").image(0)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
@@ -242,8 +321,9 @@ def test_ids_and_sizes_as_exporters_write_them_are_read(tmp_path, number):
     path = tmp_path / "refcoco/instances.json"
     content = json.loads(path.read_text())
     for record in (*content["images"], *content["annotations"]):
-        record |= {k: number(record[k]) for k in ("id", "image_id", "width", "height")
-                   if k in record}
+        record |= {
+            k: number(record[k]) for k in ("id", "image_id", "width", "height") if k in record
+        }
     path.write_text(json.dumps(content))
     dataset = RefCOCO(tmp_path, "refcoco", "train")
     assert [i.id for i in dataset.images] == [1, 3] and dataset.mask(0).shape == SIZES[1][::-1]
@@ -263,8 +343,10 @@ def test_ids_that_are_no_numbers_are_named(tmp_path):
         RefCOCO(tmp_path, "refcoco", "train")
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, 2", b"{}", b'{"annotations": [], "images": 3}', b"[" * 100_000,
-                                     b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1, 2", b"{}", b'{"annotations": [], "images": 3}', b"[" * 100_000, b"\xff\xfe"],
+)
 def test_broken_instances_are_a_data_error_naming_the_file(tmp_path, content):
     write_set(tmp_path)
     (tmp_path / "refcoco/instances.json").write_bytes(content)
@@ -286,42 +368,86 @@ def test_the_union_has_no_image_of_any_val_or_test_split(tmp_path):
     write_set(tmp_path, "refcocog", [ref(0, 1), ref(1, 2), ref(2, 3, "test"), ref(3, 1)])
     union = RefCOCO(tmp_path, "combined", "train")
     assert [i.id for i in union.images] == [1]
-    assert [s.sent_id for s in union.sentences] == ["refcoco/0", "refcoco+/0", "refcocog/0", "refcocog/30"]
+    assert [s.sent_id for s in union.sentences] == [
+        "refcoco/0",
+        "refcoco+/0",
+        "refcocog/0",
+        "refcocog/30",
+    ]
     assert union.image(0).size == SIZES[1]
     assert union.mask(3).sum() == union.mask(0).sum() > 0
 
 
-OPEN = """
+OPEN = (
+    """
 import json, sys, time, data
 seconds = []
 for _ in range(2):
     start = time.process_time()
     d = data.RefCOCO(sys.argv[1], "refcoco", "train")
     seconds.append(time.process_time() - start)
-""" + PEAK + """
+"""
+    + PEAK
+    + """
 print(json.dumps([len(d.refs), len(d), len(d.images), seconds, peak]))
 """
+)
 
 
 @pytest.mark.slow
 def test_a_set_of_refcocos_size_opens_in_10_seconds_and_2_gib(tmp_path):
-    """50,000 refs with polygons of 40 points, 142,000 sentences, 20,000 images: processor time, and not more the second
+    """50,000 refs with polygons of 40 points, 142,000 sentences, 20,000 images: processor time, and
+    not more the second
     time."""
     rng, refs, annotations = np.random.default_rng(0), [], []
     for n in range(50_000):
-        texts = [{"sent_id": 3 * n + k, "sent": f"the {k} thing of {n} on the left", "raw": f"The {k} thing of {n} ...",
-                  "tokens": ["the", "thing", "on", "the", "left"]} for k in range(3 if n < 42_000 else 2)]
-        refs.append({"ref_id": n, "ann_id": n, "image_id": n % 20_000, "split": "train", "file_name": "no.jpg",
-                     "category_id": 1, "sentences": texts, "sent_ids": [t["sent_id"] for t in texts]})
-        annotations.append({"id": n, "image_id": n % 20_000, "iscrowd": 0, "bbox": [0, 0, 9, 9], "category_id": 1,
-                            "segmentation": [rng.uniform(0, 480, 80).round(2).tolist()]})
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "width": 640, "height": 480} for i in range(20_000)]
+        texts = [
+            {
+                "sent_id": 3 * n + k,
+                "sent": f"the {k} thing of {n} on the left",
+                "raw": f"The {k} thing of {n} ...",
+                "tokens": ["the", "thing", "on", "the", "left"],
+            }
+            for k in range(3 if n < 42_000 else 2)
+        ]
+        refs.append(
+            {
+                "ref_id": n,
+                "ann_id": n,
+                "image_id": n % 20_000,
+                "split": "train",
+                "file_name": "no.jpg",
+                "category_id": 1,
+                "sentences": texts,
+                "sent_ids": [t["sent_id"] for t in texts],
+            }
+        )
+        annotations.append(
+            {
+                "id": n,
+                "image_id": n % 20_000,
+                "iscrowd": 0,
+                "bbox": [0, 0, 9, 9],
+                "category_id": 1,
+                "segmentation": [rng.uniform(0, 480, 80).round(2).tolist()],
+            }
+        )
+    images = [
+        {"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "width": 640, "height": 480}
+        for i in range(20_000)
+    ]
     for folder in ("refcoco", "train2014"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "refcoco" / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
-    done = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], cwd=Path(data.__file__).parent, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(tmp_path)],
+        cwd=Path(data.__file__).parent,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     *counts, (first, second), peak = json.loads(done.stdout)
     assert counts == [50_000, 142_000, 20_000]
@@ -329,6 +455,7 @@ def test_a_set_of_refcocos_size_opens_in_10_seconds_and_2_gib(tmp_path):
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
+
 
 def test_overlapping_polygons_are_a_union(tmp_path):
     write_set(tmp_path, segmentations={0: [box(2, 2, 10, 10), box(7, 7, 10, 10)]})
@@ -339,17 +466,41 @@ def test_overlapping_polygons_are_a_union(tmp_path):
     assert (dataset.mask(0) == expected).all()  # the doubly covered 5 x 5 pixels too
 
 
-@pytest.mark.parametrize("segmentation", [
-    [], [[]], [[1, 2, 3, 4]], [[1, 2, 3, 4], [5, 6]], [[1, 2, 3, 4, 5, 6, 7]],
-    [[1, 1, 5, float("nan"), 5, 5]], [[1, 1, 1e9, 1, 5, 5]], [[0, 0, float("inf"), 5, 5, 5]], [["a"] * 6], [{}],
-    [[[1, 2], [3, 4], [5, 6]]], None, 7, "x", [[0, 0] * 1_000_000], [[0, 0, 31, 22] * 40_000],
-    [[0, 0, 1, 0, 1, 1]] * 20_000,
-    {}, {"counts": [713]}, {"size": [23, 31]}, {"size": [31, 23], "counts": [713]},
-    {"size": [23, 31], "counts": [5, 5]},
-    {"size": [23, 31], "counts": [0, 10**12]}, {"size": [23, 31], "counts": [-1, 714]},
-    {"size": [23, 31], "counts": [1, 713]}, {"size": [23, 31], "counts": ["713"]},
-    {"size": [23, 31], "counts": "52"}, {"size": [23, 31], "counts": "o" * 1000}, {"size": [23, 31], "counts": ""},
-    {"size": [23, 31], "counts": "é"}])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [],
+        [[]],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4], [5, 6]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 1, 5, float("nan"), 5, 5]],
+        [[1, 1, 1e9, 1, 5, 5]],
+        [[0, 0, float("inf"), 5, 5, 5]],
+        [["a"] * 6],
+        [{}],
+        [[[1, 2], [3, 4], [5, 6]]],
+        None,
+        7,
+        "x",
+        [[0, 0] * 1_000_000],
+        [[0, 0, 31, 22] * 40_000],
+        [[0, 0, 1, 0, 1, 1]] * 20_000,
+        {},
+        {"counts": [713]},
+        {"size": [23, 31]},
+        {"size": [31, 23], "counts": [713]},
+        {"size": [23, 31], "counts": [5, 5]},
+        {"size": [23, 31], "counts": [0, 10**12]},
+        {"size": [23, 31], "counts": [-1, 714]},
+        {"size": [23, 31], "counts": [1, 713]},
+        {"size": [23, 31], "counts": ["713"]},
+        {"size": [23, 31], "counts": "52"},
+        {"size": [23, 31], "counts": "o" * 1000},
+        {"size": [23, 31], "counts": ""},
+        {"size": [23, 31], "counts": "é"},
+    ],
+)
 def test_a_senseless_segmentation_is_a_data_error_naming_the_annotation(tmp_path, segmentation):
     dataset = RefCOCO(write_set(tmp_path, segmentations={0: segmentation}), "refcoco", "train")
     with pytest.raises(DataError, match="ref 0, annotation 100: "):
@@ -368,10 +519,16 @@ def runs_of(mask):
 def test_a_list_of_run_lengths_is_their_union(tmp_path):
     one, two = np.zeros((2, 23, 31), bool)
     one[2:9, 3:12] = two[5:20, 10:30] = True
-    segmentations = {0: [runs_of(one)], 1: [runs_of(one), runs_of(two)],
-                     3: [runs_of(one) | {"size": [23.0, 31.0]}]}
-    dataset = RefCOCO(write_set(tmp_path, segmentations=segmentations,
-                                images={i: SIZES[1] for i in SIZES}), "refcoco", "train")
+    segmentations = {
+        0: [runs_of(one)],
+        1: [runs_of(one), runs_of(two)],
+        3: [runs_of(one) | {"size": [23.0, 31.0]}],
+    }
+    dataset = RefCOCO(
+        write_set(tmp_path, segmentations=segmentations, images={i: SIZES[1] for i in SIZES}),
+        "refcoco",
+        "train",
+    )
     for ref, mask in enumerate((one, one | two, one)):
         assert (dataset.mask(ref) == mask).all()
 
@@ -387,10 +544,18 @@ def test_a_stray_polygon_beside_good_ones_is_left_out_and_counted(tmp_path, caps
     assert "polygons of fewer than 3 points, left out: 3, the first is of ref 0\n" in printed
 
 
-# ---- Turned images --------------------------------------------------------------------------------------
+# ---- Turned images -----------------------------------------------------------------------------
 
-TURNS = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-         5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+TURNS = {
+    1: None,
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_90,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_270,
+}
 
 
 def save_turned(path, upright, orientation, **options):
@@ -403,6 +568,7 @@ def save_turned(path, upright, orientation, **options):
 
 
 # ---- One's own data ------------------------------------------------------------------------------
+
 
 def write_own(folder, *entries):
     folder.mkdir(exist_ok=True)
@@ -421,9 +587,15 @@ B = {"image": "b.png", "mask": "mask.png", "sentences": ["three"]}
 
 
 def test_own_json_gives_the_same_records_as_refcoco(tmp_path):
-    dataset = RefCOCO(tmp_path, write_own(tmp_path / "own", A, B, A | {"sentences": ["four"]}), "val")
+    dataset = RefCOCO(
+        tmp_path, write_own(tmp_path / "own", A, B, A | {"sentences": ["four"]}), "val"
+    )
     assert [(s.sent_id, s.text, s.ref, s.image) for s in dataset.sentences] == [
-        (0, "one", 0, 0), (1, "two", 0, 0), (2, "three", 1, 1), (3, "four", 2, 0)]
+        (0, "one", 0, 0),
+        (1, "two", 0, 0),
+        (2, "three", 1, 1),
+        (3, "four", 2, 0),
+    ]
     assert dataset.image(0).size == dataset.mask(0).shape[::-1] == (23, 17)
     assert dataset.mask(0).sum() == 20
     assert dataset.mask(1).sum() == 18
@@ -442,7 +614,8 @@ def test_a_sentence_can_always_be_printed(tmp_path):
 
 def test_own_json_splits(tmp_path):
     path = write_own(tmp_path, A | {"split": "train"}, B | {"split": "test"})
-    assert [s.sent_id for s in RefCOCO(tmp_path, path, "test").sentences] == [2]  # as in the whole file
+    # as in the whole file
+    assert [s.sent_id for s in RefCOCO(tmp_path, path, "test").sentences] == [2]
     with pytest.raises(DataError, match="no split 'val': give test, train"):
         RefCOCO(tmp_path, path, "val")
     with pytest.raises(DataError, match="some entries have a split"):
@@ -456,8 +629,10 @@ def test_own_json_may_name_files_in_the_data_root(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["image", "mask"])
-@pytest.mark.parametrize("name", ["../secret.png", "x/../../secret.png", "link.png", "folder/secret.png", "a\0b",
-                                  "ABSOLUTE"])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.png", "x/../../secret.png", "link.png", "folder/secret.png", "a\0b", "ABSOLUTE"],
+)
 def test_a_path_in_own_json_cannot_leave_its_folder(tmp_path, key, name):
     Image.new("L", (11, 13)).save(tmp_path / "secret.png")
     name = name.replace("ABSOLUTE", str(tmp_path / "secret.png"))
@@ -482,10 +657,16 @@ def test_outside_allows_links_into_another_folder(tmp_path, capsys):
     assert code == 0 and "complete" in printed.out
 
 
-@pytest.mark.parametrize("entry, message", [
-    (without(A, "sentences"), "sentences is missing"), (without(A, "image"), "image is missing"),
-    (A | {"sentences": [""]}, "sentence 0 is empty"), (A | {"mask": "mask.png"}, "give either"),
-    (without(A, "polygons"), "give either")])
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (without(A, "sentences"), "sentences is missing"),
+        (without(A, "image"), "image is missing"),
+        (A | {"sentences": [""]}, "sentence 0 is empty"),
+        (A | {"mask": "mask.png"}, "give either"),
+        (without(A, "polygons"), "give either"),
+    ],
+)
 def test_a_bad_entry_of_own_json_is_named(tmp_path, entry, message):
     with pytest.raises(DataError, match=rf"own\.json: entry 1: .*{message}"):
         RefCOCO(tmp_path, write_own(tmp_path, A, entry), "train")
@@ -504,8 +685,14 @@ def test_a_mask_file_of_any_mode_is_where_it_is_not_zero(tmp_path):
     values = np.where(mask, 255, 0).astype(np.uint8)
     palette = Image.fromarray(mask.astype(np.uint8) * 3)
     palette.putpalette([0] * 30)
-    for image in (Image.fromarray(values), Image.fromarray(mask), Image.fromarray(values.astype(np.uint16)), palette,
-                  Image.fromarray(values).convert("RGB"), Image.fromarray(values).convert("RGBA")):
+    for image in (
+        Image.fromarray(values),
+        Image.fromarray(mask),
+        Image.fromarray(values.astype(np.uint16)),
+        palette,
+        Image.fromarray(values).convert("RGB"),
+        Image.fromarray(values).convert("RGBA"),
+    ):
         image.save(tmp_path / "mask.png")
         assert (dataset.mask(0) == mask).all(), image.mode
 
@@ -520,13 +707,25 @@ def test_polygons_of_an_exif_turned_photo_are_in_its_upright_frame(tmp_path):
 
 # ---- Plans ---------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """40 refs of 4 images with 1-3 sentences each."""
-    refs = [ref(i, 1 + i * i % 9, sentences=["sentence {} " + "abc"[k] for k in range(1 + i % 3)]) for i in range(40)]
+    refs = [
+        ref(i, 1 + i * i % 9, sentences=["sentence {} " + "abc"[k] for k in range(1 + i % 3)])
+        for i in range(40)
+    ]
     images = {i: (20 + i, 30 - i) for i in range(1, 10)}
-    return RefCOCO(write_set(tmp_path_factory.mktemp("many"), refs=refs, images=images,
-                             segmentations={i: [box(1 + i % 5, 2, 9, 8)] for i in range(40)}), "refcoco", "train")
+    return RefCOCO(
+        write_set(
+            tmp_path_factory.mktemp("many"),
+            refs=refs,
+            images=images,
+            segmentations={i: [box(1 + i % 5, 2, 9, 8)] for i in range(40)},
+        ),
+        "refcoco",
+        "train",
+    )
 
 
 def drawn(batches):
@@ -563,7 +762,11 @@ def test_every_sentence_is_drawn_in_some_epoch_and_order_changes(many):
 
 def test_grouping_by_image_saves_decoding(many):
     items = [sum(map(len, data.plan_epoch(many, 0, 0, 40, k))) for k in (1, 4, 100)]
-    assert items == [40, sum(-(-n // 4) for n in np.bincount([r.image for r in many.refs])), len(many.images)]
+    assert items == [
+        40,
+        sum(-(-n // 4) for n in np.bincount([r.image for r in many.refs])),
+        len(many.images),
+    ]
 
 
 def test_an_evaluation_sees_every_sentence_once_and_images_together(many):
@@ -577,11 +780,14 @@ def test_an_evaluation_sees_every_sentence_once_and_images_together(many):
 
 # ---- Augmentation --------------------------------------------------------------------------------
 
+
 def scene():
     """A light disc on a dark ground, and its mask (1, H, W)."""
     y, x = np.mgrid[:90, :130]
     mask = (x - 60) ** 2 + 2 * (y - 40) ** 2 < 900
-    return Image.fromarray(np.where(mask[..., None], (250, 250, 250), (10, 10, 10)).astype(np.uint8)), mask[None]
+    return Image.fromarray(
+        np.where(mask[..., None], (250, 250, 250), (10, 10, 10)).astype(np.uint8)
+    ), mask[None]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -591,7 +797,9 @@ def test_image_and_mask_are_warped_together(seed):
     inside = data.AFFINE.fill[Image.Image]
     pixels = np.asarray(warped).astype(int)
     bright = (pixels.min(axis=2) > 60) & (np.abs(pixels - inside).max(axis=2) > 3)
-    assert warped.size == image.size and warped_mask.shape == mask.shape and warped_mask.dtype == bool
+    assert (
+        warped.size == image.size and warped_mask.shape == mask.shape and warped_mask.dtype == bool
+    )
     assert (bright & warped_mask[0]).sum() / (bright | warped_mask[0]).sum() > 0.95
     assert (warped_mask != mask).any()
 
@@ -610,8 +818,14 @@ def test_augmentation_is_a_function_of_its_seed_and_leaves_torch_alone():
 
 def test_saturation_and_intensity_change_within_a_half_and_hue_stays():
     image = Image.new("RGB", (40, 40), (120, 90, 80))  # saturation 85, value 120
-    hsv = np.array([np.asarray(data.augment(image, np.ones((1, 40, 40), bool), s)[0].convert("HSV"))[20, 20].astype(int)
-                    for s in range(60)])
+    hsv = np.array(
+        [
+            np.asarray(data.augment(image, np.ones((1, 40, 40), bool), s)[0].convert("HSV"))[
+                20, 20
+            ].astype(int)
+            for s in range(60)
+        ]
+    )
     assert np.abs(hsv[:, 0] - 11).max() <= 4
     for channel, value in ((1, 85), (2, 120)):
         assert 0.45 * value < hsv[:, channel].min() < 0.65 * value
@@ -623,7 +837,10 @@ def test_the_border_is_filled_with_the_mean_colour():
     black, full = Image.new("RGB", (50, 50)), np.ones((1, 50, 50), bool)
     corners = [np.asarray(data.augment(black, full, seed)[0])[0, 0] for seed in range(9)]
     assert any((corner == np.round(255 * np.array(image_files.MEAN))).all() for corner in corners)
-    assert image_files.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max() < 0.01
+    assert (
+        image_files.normalise(torch.tensor(data.FILL, dtype=torch.uint8).view(3, 1, 1)).abs().max()
+        < 0.01
+    )
 
 
 def test_no_object_is_lost_and_left_stays_left():
@@ -638,16 +855,19 @@ def test_no_object_is_lost_and_left_stays_left():
 
 # ---- Batches -------------------------------------------------------------------------------------
 
+
 def test_a_batch_holds_each_image_once_and_a_mask_for_every_sentence(many):
     samples = Samples(many, 24)
-    (image, sentences, seed), *_ , last = data.plan_eval(many, 99)[0]
+    (image, sentences, seed), *_, last = data.plan_eval(many, 99)[0]
     items = [(image, sentences[:2], seed), (last[0], last[1][:1], seed)]
     batch = data.collate([samples[i] for i in items])
     chosen = [many.sentences[s] for _, sentences, _ in items for s in sentences]
     assert batch["images"].shape == (2, 3, 24, 24) and batch["images"].dtype == torch.float32
     assert batch["masks"].shape == (3, 24, 24) and batch["masks"].dtype == torch.bool
     assert batch["image_index"].tolist() == [0, 0, 1]
-    assert batch["texts"] == [s.text for s in chosen] and batch["sent_ids"] == [s.sent_id for s in chosen]
+    assert batch["texts"] == [s.text for s in chosen] and batch["sent_ids"] == [
+        s.sent_id for s in chosen
+    ]
     assert (batch["broken"], batch["lost"]) == ([], 0)
     for mask, sentence in zip(batch["masks"], chosen, strict=True):
         full = Image.fromarray(many.mask(sentence.ref).astype(np.uint8))
@@ -657,8 +877,14 @@ def test_a_batch_holds_each_image_once_and_a_mask_for_every_sentence(many):
 
 def test_two_sentences_of_one_ref_share_the_work(many, monkeypatch):
     calls = []
-    monkeypatch.setattr(many, "mask", lambda r: calls.append(r) or RefCOCO.mask(many, r), raising=False)
-    pair = next(tuple(i for i, s in enumerate(many.sentences) if s.ref == r) for r in range(40) if r % 3 == 1)
+    monkeypatch.setattr(
+        many, "mask", lambda r: calls.append(r) or RefCOCO.mask(many, r), raising=False
+    )
+    pair = next(
+        tuple(i for i, s in enumerate(many.sentences) if s.ref == r)
+        for r in range(40)
+        if r % 3 == 1
+    )
     item = Samples(many, 8)[many.sentences[pair[0]].image, pair, 0]
     assert len(pair) == 2 and len(calls) == 1 and item["masks"].shape == (2, 8, 8)
     assert torch.equal(item["masks"][0], item["masks"][1])
@@ -671,28 +897,44 @@ def test_a_broken_image_drops_its_item_and_nothing_else(tmp_path):
     samples = Samples(dataset, 16, augment=True)
     items = data.plan_epoch(dataset, 0, 0, 9, 9)[0]
     batch = data.collate([samples[i] for i in items])
-    assert batch["texts"] == ["the 3 thing"] and batch["images"].shape[0] == 1 and batch["image_index"].tolist() == [0]
+    assert (
+        batch["texts"] == ["the 3 thing"]
+        and batch["images"].shape[0] == 1
+        and batch["image_index"].tolist() == [0]
+    )
     assert len(batch["broken"]) == 1 and "1.png" in batch["broken"][0]
     assert batch["lost"] == 2
     nothing = data.collate([samples[i] for i in items if i[0] == 0])
-    assert (nothing["texts"], len(nothing["masks"]), len(nothing["images"]), nothing["lost"]) == ([], 0, 0, 2)
+    assert (nothing["texts"], len(nothing["masks"]), len(nothing["images"]), nothing["lost"]) == (
+        [],
+        0,
+        0,
+        2,
+    )
     assert data.collate([])["texts"] == []
 
 
 def test_batches_are_the_same_for_any_number_of_workers(many):
     plan = data.plan_epoch(many, 0, 0, 16, 4)
+
     def batches(workers):
         samples = Samples(many, 12, augment=True)
-        return list(DataLoader(samples, batch_sampler=plan, collate_fn=data.collate, num_workers=workers))
+        return list(
+            DataLoader(samples, batch_sampler=plan, collate_fn=data.collate, num_workers=workers)
+        )
+
     torch.manual_seed(0)
     alone = batches(0)
     torch.manual_seed(1)
     for one, other in zip(alone, batches(2), strict=True):
         assert one["sent_ids"] == other["sent_ids"]
-        assert torch.equal(one["images"], other["images"]) and torch.equal(one["masks"], other["masks"])
+        assert torch.equal(one["images"], other["images"]) and torch.equal(
+            one["masks"], other["masks"]
+        )
 
 
 # ---- check, commands -----------------------------------------------------------------------------
+
 
 def check(capsys, *argv):
     code = files.run(data.main, data.parse_args(["check", *map(str, argv)]))
@@ -709,21 +951,32 @@ def test_check_of_a_complete_set_exits_0(tmp_path, capsys, monkeypatch):
 def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
     wrong = [ref(5, 3, "valid"), ref(6, 2), ref(7, 3), ref(8, 3)]
     wrong[2]["sentences"][0]["sent_id"] = 10
-    root = write_set(tmp_path, refs=[*REFS, *wrong], segmentations={3: [box(-9, -9, 5, 5)], 8: [[1, 2, 3, 4]]})
-    write_instances(root, "refcoco", [*REFS, *wrong[1:]], {3: [box(-9, -9, 5, 5)], 8: [[1, 2, 3, 4]]})
+    root = write_set(
+        tmp_path, refs=[*REFS, *wrong], segmentations={3: [box(-9, -9, 5, 5)], 8: [[1, 2, 3, 4]]}
+    )
+    write_instances(
+        root, "refcoco", [*REFS, *wrong[1:]], {3: [box(-9, -9, 5, 5)], 8: [[1, 2, 3, 4]]}
+    )
     folder = root / "images/mscoco/images/train2014"
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:900])
     (folder / "3.png").unlink()
     monkeypatch.setitem(data.PUBLISHED, "refcoco", {"train": (9, 9, 9), "val": (2, 1, 2)})
     code, printed = check(capsys, "--root", root, "--dataset", "refcoco")
     assert code == 1
-    for line in ("train: 6 / 3 / 7 refs / images / sentences, published 9 / 9 / 9",
-                 "ref 5: its annotation 105 is not in", "sentences with the sent_id of another: 1, the first is 10",
-                 "image 3 is missing, tried", "1.png cannot be read", "the mask of ref 3 is empty",
-                 "ref 8, annotation 108: a polygon of fewer than 3 points",
-                 "images both in train and in val: 1, the first is 2", "refs of unknown splits: 'valid'",
-                 "masks that cover below 0.01% of their image: 1 of 7 that were looked at, the "
-                 "first is of ref 3", "10 problems"):
+    for line in (
+        "train: 6 / 3 / 7 refs / images / sentences, published 9 / 9 / 9",
+        "ref 5: its annotation 105 is not in",
+        "sentences with the sent_id of another: 1, the first is 10",
+        "image 3 is missing, tried",
+        "1.png cannot be read",
+        "the mask of ref 3 is empty",
+        "ref 8, annotation 108: a polygon of fewer than 3 points",
+        "images both in train and in val: 1, the first is 2",
+        "refs of unknown splits: 'valid'",
+        "masks that cover below 0.01% of their image: 1 of 7 that were looked at, the "
+        "first is of ref 3",
+        "10 problems",
+    ):
         assert line in printed.out, line
     assert "val: 2" not in printed.out
     quick = check(capsys, "--root", root, "--dataset", "refcoco", "--quick")[1].out
@@ -732,26 +985,35 @@ def test_check_names_everything_that_is_wrong(tmp_path, capsys, monkeypatch):
 
 def test_check_names_an_unknown_split(tmp_path, capsys):
     write_set(tmp_path, "shapes", [ref(0, 1), ref(1, 2, "valid")])
-    assert "refs of unknown splits: 'valid'" in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
+    assert (
+        "refs of unknown splits: 'valid'"
+        in check(capsys, "--root", tmp_path, "--dataset", "shapes")[1].out
+    )
 
 
 def test_masks_that_are_all_empty_are_one_doubt(tmp_path):
     nothing = [box(-9, -9, 5, 5)]
     write_set(tmp_path, segmentations={r["ref_id"]: nothing for r in REFS})
-    assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == ["masks that are empty: all 3 that were looked at"]
+    assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [
+        "masks that are empty: all 3 that were looked at"
+    ]
     write_instances(tmp_path, "refcoco", REFS, {1: nothing})
     assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [
         "masks that cover below 0.01% of their image: 1 of 3 that were looked at, "
-        "the first is of ref 1"]
+        "the first is of ref 1"
+    ]
 
 
 def test_masks_of_nearly_all_or_nothing_are_counted(tmp_path, capsys):
     sizes = {i: (200, 100) for i in SIZES}
     segmentations = {0: [box(0, 0, 200, 99)], 1: [box(0, 0, 200, 100)], 3: [box(5, 5, 1, 1)]}
     write_set(tmp_path, segmentations=segmentations, images=sizes)
-    lines = ["masks that cover above 98% of their image: 2 of {} that were looked at, the first is "
-             "of ref 0", "masks that cover below 0.01% of their image: 1 of {} that were looked at, "
-             "the first is of ref 3"]
+    lines = [
+        "masks that cover above 98% of their image: 2 of {} that were looked at, the first is "
+        "of ref 0",
+        "masks that cover below 0.01% of their image: 1 of {} that were looked at, "
+        "the first is of ref 3",
+    ]
     assert doubts(RefCOCO(tmp_path, "refcoco", "train")) == [line.format(3) for line in lines]
     printed = check(capsys, "--root", tmp_path, "--dataset", "refcoco")[1].out
     assert all(line.format(5) in printed for line in lines)
@@ -761,24 +1023,38 @@ def test_look_draws_a_sheet_of_what_is_read(tmp_path, capsys):
     write_set(tmp_path)
     (tmp_path / "images/mscoco/images/train2014/3.png").unlink()
     out = tmp_path / "look.png"
-    args = data.parse_args(["look", "--root", str(tmp_path), "--dataset", "refcoco",
-                            "--out", str(out)])
+    args = data.parse_args(
+        ["look", "--root", str(tmp_path), "--dataset", "refcoco", "--out", str(out)]
+    )
     assert files.run(data.main, args) == 0 and "wrote" in capsys.readouterr().out
     assert Image.open(out).width > 900  # three panels in a row, the missing image one of them
     write_own(tmp_path / "long", A)
     Image.new("RGB", (4000, 1)).save(tmp_path / "long" / "a.png")
-    args = data.parse_args(["look", "--root", str(tmp_path), "--out", str(out),
-                            "--dataset", str(tmp_path / "long" / "own.json")])
+    args = data.parse_args(
+        [
+            "look",
+            "--root",
+            str(tmp_path),
+            "--out",
+            str(out),
+            "--dataset",
+            str(tmp_path / "long" / "own.json"),
+        ]
+    )
     assert files.run(data.main, args) == 0 and Image.open(out).width < 3000
 
 
 def test_check_reads_own_json(tmp_path, capsys):
     code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, A, B))
     assert code == 0 and "complete" in printed.out
-    code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, A, B | {"image": "a.png"}))
+    code, printed = check(
+        capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, A, B | {"image": "a.png"})
+    )
     assert code == 1 and "mask.png is 11x13" in printed.out
     for entries in ([], [A | {"sentences": []}]):
-        code, printed = check(capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, *entries))
+        code, printed = check(
+            capsys, "--root", tmp_path, "--dataset", write_own(tmp_path, *entries)
+        )
         assert code == 1 and "no sentences" in printed.out
 
 
@@ -796,15 +1072,25 @@ def test_a_misspelt_split_of_own_json_is_a_doubt(tmp_path, capsys):
 @pytest.mark.parametrize("dataset", ["refcoco", "combined", "nothing"])
 def test_a_users_mistake_is_one_line_on_stderr_and_exit_2(tmp_path, capsys, dataset):
     code, printed = check(capsys, "--root", tmp_path, "--dataset", dataset)
-    assert code == 2 and printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("error: ")
+    assert (
+        code == 2
+        and printed.out == ""
+        and printed.err.count("\n") == 1
+        and printed.err.startswith("error: ")
+    )
 
 
 # ---- Photographs ---------------------------------------------------------------------------------
 
+
 def test_photographs_are_read_in_refcocos_own_layout(photos, capsys):
     splits = {s: RefCOCO(photos, "refcoco", s) for s in ("train", "val", "testA", "testB")}
     assert {s: (len(d.refs), len(d)) for s, d in splits.items()} == {
-        "train": (4, 9), "val": (2, 4), "testA": (1, 2), "testB": (2, 4)}
+        "train": (4, 9),
+        "val": (2, 4),
+        "testA": (1, 2),
+        "testB": (2, 4),
+    }
     for dataset in splits.values():
         for r in range(len(dataset.refs)):
             width, height = dataset.image(dataset.refs[r].image).size
@@ -813,4 +1099,8 @@ def test_photographs_are_read_in_refcocos_own_layout(photos, capsys):
         for batch in data.plan_epoch(dataset, 0, 0, 3, 2):
             assert not data.collate([Samples(dataset, 64, True)[item] for item in batch])["broken"]
     code, printed = check(capsys, "--root", photos, "--dataset", "refcoco")
-    assert code == 1 and "train: 4 / 2 / 9 refs / images / sentences, published 42404 / 16994 / 120624" in printed.out
+    assert (
+        code == 1
+        and "train: 4 / 2 / 9 refs / images / sentences, published 42404 / 16994 / 120624"
+        in printed.out
+    )

@@ -1,4 +1,5 @@
-"""Files and their guards: pickles, JSON, images and masks; what cannot be read is one clear line."""
+"""Files and their guards: pickles, JSON, images and masks; what cannot be read is one clear line.
+"""
 
 import errno
 import gc
@@ -27,8 +28,16 @@ from support.files import DataError
 
 # ---- Refs ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dump", [python2, lambda r: pickle.dumps(r, 0), lambda r: pickle.dumps(r, 2),
-                                  lambda r: pickle.dumps(r, 5)])
+
+@pytest.mark.parametrize(
+    "dump",
+    [
+        python2,
+        lambda r: pickle.dumps(r, 0),
+        lambda r: pickle.dumps(r, 2),
+        lambda r: pickle.dumps(r, 5),
+    ],
+)
 def test_refs_of_every_protocol_are_read_alike(tmp_path, dump):
     (tmp_path / "r.p").write_bytes(dump(REFS))
     assert unpickle.load_refs(tmp_path / "r.p") == REFS
@@ -42,6 +51,7 @@ def test_python_2_byte_strings_are_latin_1():
 
 class Call:
     """Pickles as a call of touch(canary)."""
+
     def __init__(self, canary):
         self.canary = canary
 
@@ -64,9 +74,13 @@ def hostile(canary):
         "newobj": b"\x80\x02cos\nsystem\n" + call + b"tR.",
         "build": b"\x80\x02ccanary\nTarget\n)\x81}U\x05stateK\x01sb.",
         "a harmless class": b"ccollections\nOrderedDict\n(tR.",
-        "ext1": b"\x80\x02\x82\x01.", "ext2": b"\x80\x02\x83\x01\x00.", "ext4": b"\x80\x02\x84\x01\x00\x00\x00.",
-        "persid": b"Pcanary\n.", "binpersid": b"U\x06canaryQ.",
-        "buffer": b"\x80\x05\x97.", "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**10) + b".",
+        "ext1": b"\x80\x02\x82\x01.",
+        "ext2": b"\x80\x02\x83\x01\x00.",
+        "ext4": b"\x80\x02\x84\x01\x00\x00\x00.",
+        "persid": b"Pcanary\n.",
+        "binpersid": b"U\x06canaryQ.",
+        "buffer": b"\x80\x05\x97.",
+        "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**10) + b".",
     }
 
 
@@ -93,10 +107,15 @@ def test_every_truncation_of_a_pickle_is_a_data_error(tmp_path):
                 unpickle.load_refs(tmp_path / "r.p")
 
 
-@pytest.mark.parametrize("content", [
-    b"\x80\x02]r" + struct.pack("<I", 10**6) + b".", b"(lp1000000\n.",
-    b"\x80\x02X" + struct.pack("<I", 10**7) + b".",
-    b"\x80\x04\x95" + struct.pack("<Q", 10**7) + b"]."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r" + struct.pack("<I", 10**6) + b".",
+        b"(lp1000000\n.",
+        b"\x80\x02X" + struct.pack("<I", 10**7) + b".",
+        b"\x80\x04\x95" + struct.pack("<Q", 10**7) + b"].",
+    ],
+)
 def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
     (tmp_path / "r.p").write_bytes(content)
     tracemalloc.start()
@@ -109,7 +128,9 @@ def test_a_made_up_length_or_memo_index_takes_no_memory(tmp_path, content):
     assert peak < 2**20
 
 
-@pytest.mark.parametrize("content", [{}, REFS[0], "refs", 7, [7], [REFS], [REFS[0] | {"sentences": None}]])
+@pytest.mark.parametrize(
+    "content", [{}, REFS[0], "refs", 7, [7], [REFS], [REFS[0] | {"sentences": None}]]
+)
 def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
     (tmp_path / "r.p").write_bytes(pickle.dumps(content, 2))
     with pytest.raises(DataError, match="r.p"):
@@ -119,21 +140,28 @@ def test_a_pickle_of_something_else_is_a_data_error(tmp_path, content):
 def test_one_sentence_list_in_every_ref_cannot_multiply(tmp_path):
     for sentences, refs in ((["a"] * 1001, 1001), (["a" * 10**6], 99)):
         shared = ref(0, 1, sentences=sentences)
-        (tmp_path / "r.p").write_bytes(pickle.dumps([shared | {"ref_id": i} for i in range(refs)], 2))
+        (tmp_path / "r.p").write_bytes(
+            pickle.dumps([shared | {"ref_id": i} for i in range(refs)], 2)
+        )
         with pytest.raises(DataError, match="more than 1000000 sentences, or one very often"):
             unpickle.load_refs(tmp_path / "r.p")
 
 
 def test_a_key_that_is_no_text_is_refused(tmp_path):
-    for content in (pickle.dumps([{1: None}], 0), pickle.dumps([{1: None}], 2),
-                    pickle.dumps([{1: None, 2: None}], 2), b"(I1\nNd."):
+    for content in (
+        pickle.dumps([{1: None}], 0),
+        pickle.dumps([{1: None}], 2),
+        pickle.dumps([{1: None, 2: None}], 2),
+        b"(I1\nNd.",
+    ):
         (tmp_path / "r.p").write_bytes(content)
         with pytest.raises(DataError, match="a key that is no text"):
             unpickle.load_refs(tmp_path / "r.p")
 
 
 def test_an_unpickler_stops_after_so_many_steps(tmp_path, monkeypatch):
-    """50 refs of three sentences of five words, a thousandth of a published set, take less than a thousandth."""
+    """50 refs of three sentences of five words, a thousandth of a published set, take less than a
+    thousandth."""
     monkeypatch.setattr(unpickle, "MAX_REFS_STEPS", unpickle.MAX_REFS_STEPS // 1000)
     refs = [ref(n, n, sentences=["a {} on the left"] * 3) for n in range(50)]
     for protocol in (0, 2, 5):
@@ -145,7 +173,8 @@ def test_an_unpickler_stops_after_so_many_steps(tmp_path, monkeypatch):
             unpickle.load_refs(tmp_path / "r.p")
 
 
-READ = """
+READ = (
+    """
 import os, sys, time
 from support import files, unpickle
 start = time.process_time()
@@ -155,16 +184,23 @@ try:
 except files.DataError as error:
     outcome = str(error)
 seconds = time.process_time() - start
-""" + PEAK + """
+"""
+    + PEAK
+    + """
 print(f"{seconds:.2f} {peak:.3f} {outcome[-80:]}", flush=True)
 os._exit(0)
 """
+)
 
 
 def read_alone(reader, path):
     """Reads a file in a process of its own, within 2 GiB and 10 s of processor time."""
-    done = subprocess.run([sys.executable, "-c", READ, reader, str(path)], cwd=Path(files.__file__).parents[1], text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, reader, str(path)],
+        cwd=Path(files.__file__).parents[1],
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     seconds, peak, outcome = done.stdout.strip().split(" ", 2)
     print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, {seconds} s, {peak} GiB, {outcome}")
@@ -176,23 +212,38 @@ def read_alone(reader, path):
 def keyed(before, after):
     """A pickle of one dict with as many keys as there is room for."""
     keys = range(unpickle.MAX_REFS_BYTES // 8)
-    blocks = (b"".join(b"U\x04" + struct.pack("<I", i) + b"N" for i in keys[n:n + 2**16]) for n in keys[::2**16])
+    blocks = (
+        b"".join(b"U\x04" + struct.pack("<I", i) + b"N" for i in keys[n : n + 2**16])
+        for n in keys[:: 2**16]
+    )
     return before + b"".join(blocks) + after
 
 
-PICKLES = {"lists": b"]", "dicts": b"}", "marks": b"(", "names for one thing": b"\x94", "names for dicts": b"}\x94",
-           "strings": b"U\x02ab", "long characters": b"\x8c\x02\xc4\x80", "numbers": b"M\xff\xff",
-           "dicts of one": b"}U\x01aNs", "lists of one": b"]Na", "nested lists": b"]a"}
+PICKLES = {
+    "lists": b"]",
+    "dicts": b"}",
+    "marks": b"(",
+    "names for one thing": b"\x94",
+    "names for dicts": b"}\x94",
+    "strings": b"U\x02ab",
+    "long characters": b"\x8c\x02\xc4\x80",
+    "numbers": b"M\xff\xff",
+    "dicts of one": b"}U\x01aNs",
+    "lists of one": b"]Na",
+    "nested lists": b"]a",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PICKLES, "keys", "one ref again and again", "one long string, then dicts"])
+@pytest.mark.parametrize(
+    "name", [*PICKLES, "keys", "one ref again and again", "one long string, then dicts"]
+)
 def test_a_hostile_refs_file_is_refused_within_2_gib_and_10_s(tmp_path, name):
     path, room = tmp_path / "x.p", unpickle.MAX_REFS_BYTES - 1
     if name in PICKLES:
         content = b"]" + PICKLES[name] * (room // len(PICKLES[name]))
     elif name == "keys":
-        content = keyed(b"}(", b"u.")[:unpickle.MAX_REFS_BYTES]
+        content = keyed(b"}(", b"u.")[: unpickle.MAX_REFS_BYTES]
     elif name == "one ref again and again":
         one = pickle.dumps(ref(0, 0, sentences=["a"]), 2)[2:-1]
         content = b"](" + one + b"h\x00" * (unpickle.MAX_REFS_STEPS - 1000) + b"e."
@@ -206,16 +257,28 @@ def test_a_hostile_refs_file_is_refused_within_2_gib_and_10_s(tmp_path, name):
 # ---- JSON ----------------------------------------------------------------------------------------
 
 # Each: what stands before, again and again, and after in a hostile JSON file.
-SHAPES = {"lists": (b"[", b"[],", b"0]"), "lists of one": (b"[", b"[1],", b"0]"), "dicts": (b"[", b"{},", b"0]"),
-          "dicts of one": (b"[", b'{"a":1},', b"0]"), "dicts of seven": (
-              b"[", b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7},', b"0]"),
-          "strings": (b"[", b'"ab",', b"0]"), "long characters": (b"[", '"\u0100",'.encode(), b"0]"),
-          "escapes": (b"[", b'"\\u0100",', b"0]"), "floats": (b"[", b"1.5,", b"0]"), "ints": (b"[", b"999,", b"0]"),
-          "nested lists": (b"[", b"[" * 400 + b"]" * 400 + b",", b"0]"),
-          "nested dicts": (b"[", b'{"a":' * 400 + b"1" + b"}" * 400 + b",", b"0]"),
-          "one string": (b'"', b"a", b'"'), "one long string": ('"\U0001f600'.encode(), b"a", b'"'),
-          "one escaped string": (b'"\\ud83d\\ude00', b"a", b'"'), "spaces": (b"[", b" ", b"0]"),
-          "digits": (b"[1.", b"1", b"]"), "lines": (b'"', b"\\n", b'"'), "keys": None, "dicts of a new key": None}
+SHAPES = {
+    "lists": (b"[", b"[],", b"0]"),
+    "lists of one": (b"[", b"[1],", b"0]"),
+    "dicts": (b"[", b"{},", b"0]"),
+    "dicts of one": (b"[", b'{"a":1},', b"0]"),
+    "dicts of seven": (b"[", b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7},', b"0]"),
+    "strings": (b"[", b'"ab",', b"0]"),
+    "long characters": (b"[", '"\u0100",'.encode(), b"0]"),
+    "escapes": (b"[", b'"\\u0100",', b"0]"),
+    "floats": (b"[", b"1.5,", b"0]"),
+    "ints": (b"[", b"999,", b"0]"),
+    "nested lists": (b"[", b"[" * 400 + b"]" * 400 + b",", b"0]"),
+    "nested dicts": (b"[", b'{"a":' * 400 + b"1" + b"}" * 400 + b",", b"0]"),
+    "one string": (b'"', b"a", b'"'),
+    "one long string": ('"\U0001f600'.encode(), b"a", b'"'),
+    "one escaped string": (b'"\\ud83d\\ude00', b"a", b'"'),
+    "spaces": (b"[", b" ", b"0]"),
+    "digits": (b"[1.", b"1", b"]"),
+    "lines": (b'"', b"\\n", b'"'),
+    "keys": None,
+    "dicts of a new key": None,
+}
 
 
 def hostile_json(name, size):
@@ -223,9 +286,12 @@ def hostile_json(name, size):
     if SHAPES[name]:
         before, again, after = SHAPES[name]
         return before + again * ((size - len(before + after)) // len(again)) + after
-    between, (before, after) = (b"1},{", (b"[{", b"1}]")) if name == "dicts of a new key" else (b"1,", (b"{", b"1}"))
+    between, (before, after) = (
+        (b"1},{", (b"[{", b"1}]")) if name == "dicts of a new key" else (b"1,", (b"{", b"1}"))
+    )
     keys = range(size // len(b'"%x":' % (size // 10) + between))
-    blocks = (between.join(b'"%x":' % i for i in keys[n:n + 2**16]) for n in keys[::2**16])  # else 7 GB
+    # else 7 GB
+    blocks = (between.join(b'"%x":' % i for i in keys[n : n + 2**16]) for n in keys[:: 2**16])
     return before + between.join(blocks) + after
 
 
@@ -244,13 +310,28 @@ def test_a_json_text_takes_no_more_memory_than_its_signs_say(monkeypatch, name):
 
 
 def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatch):
-    """26,000 images and 209,000 annotations of 49 coordinates, the most of the three sets: a hundredth of them."""
-    image = {"license": 5, "file_name": "COCO_train2014_000000098304.jpg", "coco_url": f"http://mscoco.org/{'x' * 36}",
-             "height": 424, "width": 640, "date_captured": "2013-11-21 23:06:41", "id": 98304,
-             "flickr_url": f"http://farm6.staticflickr.com/{'x' * 32}_z.jpg"}
+    """26,000 images and 209,000 annotations of 49 coordinates, the most of the three sets: a
+    hundredth of them."""
+    image = {
+        "license": 5,
+        "file_name": "COCO_train2014_000000098304.jpg",
+        "coco_url": f"http://mscoco.org/{'x' * 36}",
+        "height": 424,
+        "width": 640,
+        "date_captured": "2013-11-21 23:06:41",
+        "id": 98304,
+        "flickr_url": f"http://farm6.staticflickr.com/{'x' * 32}_z.jpg",
+    }
     outline = [round(100.11 + 7.77 * n, 2) for n in range(49)]
-    annotation = {"segmentation": [outline[:40], outline[40:]], "area": 197.29665, "iscrowd": 0, "image_id": 98304,
-                  "bbox": [263.87, 216.88, 21.13, 15.17], "category_id": 18, "id": 3007}
+    annotation = {
+        "segmentation": [outline[:40], outline[40:]],
+        "area": 197.29665,
+        "iscrowd": 0,
+        "image_id": 98304,
+        "bbox": [263.87, 216.88, 21.13, 15.17],
+        "category_id": 18,
+        "id": 3007,
+    }
     content = {"images": [image] * 260, "annotations": [annotation] * 2090}
     (tmp_path / "instances.json").write_text(json.dumps(content))
     assert 1.1e6 < (tmp_path / "instances.json").stat().st_size < 1.4e6
@@ -262,8 +343,17 @@ def test_a_file_like_the_published_ones_is_within_the_limit(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_hostile_json_file_is_read_or_refused_within_2_gib_and_10_s(tmp_path, monkeypatch, name):
     """The longest that is parsed, and 512 MiB."""
-    path, most = tmp_path / "x.json", min(files.MAX_BYTES, 2**23 * files.MAX_JSON_MEMORY // files.json_memory(
-        hostile_json(name, 2**23)) * 99 // 100)
+    path, most = (
+        tmp_path / "x.json",
+        min(
+            files.MAX_BYTES,
+            2**23
+            * files.MAX_JSON_MEMORY
+            // files.json_memory(hostile_json(name, 2**23))
+            * 99
+            // 100,
+        ),
+    )
     path.write_bytes(hostile_json(name, most))
     outcome = read_alone("read_json", path)
     assert "GiB of memory" not in outcome
@@ -274,10 +364,16 @@ def test_a_hostile_json_file_is_read_or_refused_within_2_gib_and_10_s(tmp_path, 
 
 # ---- Images and masks ----------------------------------------------------------------------------
 
+
 def test_run_lengths_of_both_kinds_are_the_same_mask():
     mask = np.random.default_rng(0).random((23, 31)) < 0.3
     mask[0, 0] = True  # the first run is empty
-    runs = [0, *np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=~mask[0, 0], append=~mask[-1, -1]))).tolist()]
+    runs = [
+        0,
+        *np.diff(
+            np.flatnonzero(np.diff(mask.ravel("F"), prepend=~mask[0, 0], append=~mask[-1, -1]))
+        ).tolist(),
+    ]
     compressed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     for counts in (runs, compressed, compressed.encode()):
         assert (image_files.decode_mask({"size": [23, 31], "counts": counts}, 31, 23) == mask).all()
@@ -291,18 +387,27 @@ def test_a_long_run_is_read_as_pycocotools_wrote_it():
 
 
 def pictures():
-    """Name -> (PIL image with the left half dark and the right half light, the format to save it in)."""
+    """Name -> (PIL image with the left half dark and the right half light, the format to save it
+    in)."""
     grey = np.full((17, 22), 51, np.uint8)
     grey[:, 11:] = 204
     rgb = Image.fromarray(grey).convert("RGB")
     clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray(np.where(grey == 51, 255, 0).astype(np.uint8)))  # the right half shows white
-    return {"grey": (rgb.convert("L"), "PNG"), "grey jpeg": (rgb.convert("L"), "JPEG"),
-            "cmyk": (rgb.convert("CMYK"), "JPEG"), "palette": (rgb.convert("P"), "PNG"), "gif": (rgb, "GIF"),
-            "rgba": (clear, "PNG"), "la": (clear.convert("LA"), "PNG"), "1 bit": (Image.fromarray(grey > 100), "PNG"),
-            "16 bits": (Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
-            "16-bit tiff": (Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
-            "32-bit tiff": (Image.fromarray(grey.astype(np.int32) * 257), "TIFF")}
+    # the right half shows white
+    clear.putalpha(Image.fromarray(np.where(grey == 51, 255, 0).astype(np.uint8)))
+    return {
+        "grey": (rgb.convert("L"), "PNG"),
+        "grey jpeg": (rgb.convert("L"), "JPEG"),
+        "cmyk": (rgb.convert("CMYK"), "JPEG"),
+        "palette": (rgb.convert("P"), "PNG"),
+        "gif": (rgb, "GIF"),
+        "rgba": (clear, "PNG"),
+        "la": (clear.convert("LA"), "PNG"),
+        "1 bit": (Image.fromarray(grey > 100), "PNG"),
+        "16 bits": (Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
+        "16-bit tiff": (Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+        "32-bit tiff": (Image.fromarray(grey.astype(np.int32) * 257), "TIFF"),
+    }
 
 
 @pytest.mark.parametrize("name", pictures())
@@ -327,7 +432,9 @@ def test_an_exif_turned_image_is_read_upright(tmp_path, orientation):
 def test_a_record_of_the_stored_size_means_the_stored_pixels(tmp_path):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 23, 3), np.uint8))
     stored = save_turned(tmp_path / "x.png", upright, 6)
-    assert (np.asarray(image_files.open_image(tmp_path / "x.png", (17, 23))) == np.asarray(stored)).all()
+    assert (
+        np.asarray(image_files.open_image(tmp_path / "x.png", (17, 23))) == np.asarray(stored)
+    ).all()
     assert image_files.open_image(tmp_path / "x.png", (23, 17)).size == (23, 17)
     with pytest.raises(DataError, match="x.png is 23x17, its record says 24x17"):
         image_files.open_image(tmp_path / "x.png", (24, 17))
@@ -335,23 +442,45 @@ def test_a_record_of_the_stored_size_means_the_stored_pixels(tmp_path):
 
 def png_head(width, height):
     """A PNG that claims a size and holds nothing."""
+
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def jpeg():
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)).save(buffer, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)).save(
+        buffer, "JPEG"
+    )
     return buffer.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("content, message", [
-    (None, "no such image"), (b"", "cannot be read"), (b"GIF89a", "cannot be read"), (jpeg()[:1500], "truncated"),
-    (png_head(10_001, 10_000), "more than 64 megapixels"), (png_head(50_000, 50_000), "cannot be read"),
-    (png_head(30, 30), "cannot be read"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such image"),
+        (b"", "cannot be read"),
+        (b"GIF89a", "cannot be read"),
+        (jpeg()[:1500], "truncated"),
+        (png_head(10_001, 10_000), "more than 64 megapixels"),
+        (png_head(50_000, 50_000), "cannot be read"),
+        (png_head(30, 30), "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+    ],
+)
 def test_a_broken_huge_or_missing_image_is_a_data_error_naming_it(tmp_path, content, message):
     path = tmp_path / "picture.jpg"
     if content is not None:
@@ -365,7 +494,7 @@ def test_a_broken_huge_or_missing_image_is_a_data_error_naming_it(tmp_path, cont
 @given(position=st.integers(0, len(jpeg()) - 1), byte=st.integers(0, 255))
 def test_a_flipped_byte_in_an_image_gives_pixels_or_a_data_error(tmp_path_factory, position, byte):
     path = tmp_path_factory.mktemp("flip") / "x.jpg"
-    path.write_bytes(jpeg()[:position] + bytes([byte]) + jpeg()[position + 1:])
+    path.write_bytes(jpeg()[:position] + bytes([byte]) + jpeg()[position + 1 :])
     try:
         assert image_files.open_image(path).mode == "RGB"
     except DataError as error:
@@ -408,15 +537,28 @@ RIGHT_MASKS = {
     "a label map": (indexed(BOX * 15, *[BLACK] * 15, RED), {}),
     "a label map with black labels": (indexed(BOX * 3, *[BLACK] * 10), {}),
     "a label map, its void transparent": (
-        indexed(np.where(BOX, 1 + np.indices(BOX.shape)[1] % 2, np.eye(48, 64) * 3),
-                BLACK, RED, WHITE, (9, 9, 9)), {"transparency": 3}),
+        indexed(
+            np.where(BOX, 1 + np.indices(BOX.shape)[1] % 2, np.eye(48, 64) * 3),
+            BLACK,
+            RED,
+            WHITE,
+            (9, 9, 9),
+        ),
+        {"transparency": 3},
+    ),
     "an indexed cut-out": (indexed(BOX, WHITE, RED), {"transparency": 0}),
     "a black cut-out": (indexed(~BOX, BLACK, WHITE), {"transparency": 1}),
-    "RGBA cut-out": (cut_out("RGBA"), {}), "LA cut-out": (cut_out("LA"), {}),
-    "grey, transparent ground": (Image.fromarray(np.where(BOX, 7, 200).astype(np.uint8)),
-                                 {"transparency": 200}),
-    "opaque": (GREY.convert("RGBA"), {}), "opaque LA": (GREY.convert("LA"), {}),
-    "1 bit": (Image.fromarray(BOX), {}), "grey": (GREY, {}), "RGB": (GREY.convert("RGB"), {}),
+    "RGBA cut-out": (cut_out("RGBA"), {}),
+    "LA cut-out": (cut_out("LA"), {}),
+    "grey, transparent ground": (
+        Image.fromarray(np.where(BOX, 7, 200).astype(np.uint8)),
+        {"transparency": 200},
+    ),
+    "opaque": (GREY.convert("RGBA"), {}),
+    "opaque LA": (GREY.convert("LA"), {}),
+    "1 bit": (Image.fromarray(BOX), {}),
+    "grey": (GREY, {}),
+    "RGB": (GREY.convert("RGB"), {}),
     "16 bits": (Image.fromarray(BOX.astype(np.uint16)), {}),
 }
 
@@ -436,22 +578,39 @@ def test_a_white_mask_with_a_transparent_margin_keeps_its_black_ground(tmp_path)
     assert (image_files.mask_file(tmp_path / "m.png", (64, 48)) == BOX).all()
 
 
-@pytest.mark.parametrize("form, image, options", [
-    ("webp", GREY, {"lossless": True}), ("webp", cut_out("RGBA"), {"lossless": True}),
-    ("tiff", GREY, {}), ("tiff", Image.fromarray(BOX), {"compression": "group4"}),
-    ("tiff", GREY, {"compression": "tiff_lzw"}), ("tiff", cut_out("LA"), {}),
-    ("tiff", Image.fromarray(BOX.astype(np.float32)), {}), ("tiff", indexed(~BOX, WHITE, BLACK), {}),
-    ("tiff", Image.fromarray(BOX.astype(np.int32)), {}), ("bmp", GREY, {}),
-    ("bmp", Image.fromarray(BOX), {}), ("bmp", indexed(~BOX, WHITE, BLACK), {}),
-    ("gif", GREY, {}), ("pgm", GREY, {})])
+@pytest.mark.parametrize(
+    "form, image, options",
+    [
+        ("webp", GREY, {"lossless": True}),
+        ("webp", cut_out("RGBA"), {"lossless": True}),
+        ("tiff", GREY, {}),
+        ("tiff", Image.fromarray(BOX), {"compression": "group4"}),
+        ("tiff", GREY, {"compression": "tiff_lzw"}),
+        ("tiff", cut_out("LA"), {}),
+        ("tiff", Image.fromarray(BOX.astype(np.float32)), {}),
+        ("tiff", indexed(~BOX, WHITE, BLACK), {}),
+        ("tiff", Image.fromarray(BOX.astype(np.int32)), {}),
+        ("bmp", GREY, {}),
+        ("bmp", Image.fromarray(BOX), {}),
+        ("bmp", indexed(~BOX, WHITE, BLACK), {}),
+        ("gif", GREY, {}),
+        ("pgm", GREY, {}),
+    ],
+)
 def test_a_mask_may_have_any_lossless_format(tmp_path, form, image, options):
     image.save(tmp_path / f"m.{form}", **options)
     assert (image_files.mask_file(tmp_path / f"m.{form}", (64, 48)) == BOX).all()
 
 
-@pytest.mark.parametrize("form, options", [
-    ("jpg", {}), ("webp", {"quality": 80}), ("webp", {"quality": 80, "exif": Image.Exif()}),
-    ("tiff", {"compression": "jpeg"})])
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("jpg", {}),
+        ("webp", {"quality": 80}),
+        ("webp", {"quality": 80, "exif": Image.Exif()}),
+        ("tiff", {"compression": "jpeg"}),
+    ],
+)
 def test_a_lossy_mask_gets_a_line_that_says_why_not(tmp_path, form, options):
     GREY.convert("RGB").save(tmp_path / f"m.{form}", **options)
     with pytest.raises(DataError, match="compressed with loss .*: save the mask as PNG"):
@@ -501,8 +660,9 @@ def test_a_number_is_read_where_it_is_plain(value, number):
     assert files.need({"id": value}, "id", int, "x") == number
 
 
-@pytest.mark.parametrize("value", [7.5, "7.5", "seven", "", " 7", float("nan"), float("inf"), 1e300,
-                                   "9" * 50, None, [7]])
+@pytest.mark.parametrize(
+    "value", [7.5, "7.5", "seven", "", " 7", float("nan"), float("inf"), 1e300, "9" * 50, None, [7]]
+)
 def test_what_is_no_plain_number_is_refused(value):
     with pytest.raises(DataError, match="x: id is missing or no int"):
         files.need({"id": value}, "id", int, "x")
@@ -510,26 +670,40 @@ def test_what_is_no_plain_number_is_refused(value):
 
 # ---- Errors, writing -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied", "locked/config.json"),
-                                   OSError(errno.ENOSPC, "No space left on device", "locked/config.json")])
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "locked/config.json"),
+        OSError(errno.ENOSPC, "No space left on device", "locked/config.json"),
+    ],
+)
 def test_a_file_that_may_not_be_used_is_one_line(error, capsys):
     def main(args):
         raise error
+
     assert files.run(main, None) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and "locked/config.json" in printed
+    assert (
+        printed.startswith("error: ")
+        and printed.count("\n") == 1
+        and "locked/config.json" in printed
+    )
 
 
 def test_an_error_cannot_write_to_the_terminal(capsys):
     def fail(args):
         raise DataError("two\nlines \x1b[31m")
+
     assert files.run(fail, None) == 2
     assert capsys.readouterr().err == "error: two lines ?[31m\n"
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     files.write_text(tmp_path / "x", "old")
-    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        files, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(DataError, match="x cannot be written .No space left"):
         files.write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
@@ -538,10 +712,13 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_sentence_can_be_printed_where_the_terminal_lacks_its_letters():
-    code = ("from support import files\n"
-            "files.run(lambda args: print('caf\\xe9 \\u5de6') or 0, None)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(files.__file__).parents[1],
-                          env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    code = "from support import files\nfiles.run(lambda args: print('caf\\xe9 \\u5de6') or 0, None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(files.__file__).parents[1],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
     assert done.stdout == b"caf\xe9 \\u5de6\n", done.stderr
 
 
@@ -549,7 +726,10 @@ def test_a_writable_place_is_made_and_an_unusable_one_named(tmp_path):
     files.check_writable(tmp_path / "new" / "x.png", picture=True)
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "x.doc", "no picture format"),
-                          (tmp_path / "file" / "x.png", "x.png cannot be written")):
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "x.doc", "no picture format"),
+        (tmp_path / "file" / "x.png", "x.png cannot be written"),
+    ):
         with pytest.raises(DataError, match=message):
             files.check_writable(path, picture=True)

@@ -1,7 +1,8 @@
-"""Whatever stands in a file, reading it gives something valid or the project's own error, and never anything else.
+"""Whatever stands in a file, reading it gives something valid or the project's own error, and never
+anything else.
 
-Bytes of good files are flipped, cut and doubled, and values of their records replaced: 1,020 files in the default run,
-always the same ones; `pytest -m slow tests/test_fuzz.py` tries 10,200.
+Bytes of good files are flipped, cut and doubled, and values of their records replaced: 1,020 files
+in the default run, always the same ones; `pytest -m slow tests/test_fuzz.py` tries 10,200.
 """
 
 import copy
@@ -28,12 +29,45 @@ from support.files import DataError
 
 EXAMPLES = 170  # of each reader
 
-ODD = st.sampled_from([None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), 1e300, "", "x",
-                       "../x", "/etc/passwd", "a\0b", "\ud800", "c.png", "testA", [], {}, [[]], [[1, 2]], [0] * 99,
-                       [[9e9] * 6], {"counts": [1], "size": [1, 1]}, {"counts": "1" * 99, "size": [19, 23]}])
-JSON = st.recursive(ODD | st.integers() | st.floats() | st.text(max_size=9),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-                    max_leaves=5)
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**31,
+        2**63,
+        10**400,
+        0.5,
+        float("nan"),
+        float("inf"),
+        1e300,
+        "",
+        "x",
+        "../x",
+        "/etc/passwd",
+        "a\0b",
+        "\ud800",
+        "c.png",
+        "testA",
+        [],
+        {},
+        [[]],
+        [[1, 2]],
+        [0] * 99,
+        [[9e9] * 6],
+        {"counts": [1], "size": [1, 1]},
+        {"counts": "1" * 99, "size": [19, 23]},
+    ]
+)
+JSON = st.recursive(
+    ODD | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
 
 
 @st.composite
@@ -48,7 +82,7 @@ def bytes_changed(draw, good):
         elif kind == "bit":
             content[a % len(content)] ^= 1 << n % 8
         elif kind == "copy":
-            content[a:a + n] = content[b:b + n]
+            content[a : a + n] = content[b : b + n]
         content = content[:a] if kind == "cut" else content
         if not content:
             break
@@ -57,7 +91,8 @@ def bytes_changed(draw, good):
 
 @st.composite
 def value_changed(draw, record, dump):
-    """A good record with one to three of its values, at any depth, replaced or taken out, and dumped again."""
+    """A good record with one to three of its values, at any depth, replaced or taken out, and
+    dumped again."""
     record = json.loads(json.dumps(record))
     for _ in range(draw(st.sampled_from([1, 1, 3]))):
         place = record
@@ -72,7 +107,8 @@ def value_changed(draw, record, dump):
             if isinstance(place, dict) and not draw(st.integers(0, 4)):
                 del place[key]
             else:
-                place[key] = copy.deepcopy(draw(JSON))  # a later change must not reach into the strategy
+                # a later change must not reach into the strategy
+                place[key] = copy.deepcopy(draw(JSON))
             break
     return dump(record)
 
@@ -89,7 +125,10 @@ def read_all(root, dataset):
     for item in data.plan_eval(opened, 3)[0]:
         sample = samples[item]
         if "broken" not in sample:
-            assert sample["masks"].shape == (len(item[1]), 8, 8) and sample["masks"].dtype == torch.bool
+            assert (
+                sample["masks"].shape == (len(item[1]), 8, 8)
+                and sample["masks"].dtype == torch.bool
+            )
             assert sample["image"].shape == (3, 8, 8) and sample["image"].isfinite().all()
             assert all(text.strip() for text in sample["texts"])
 
@@ -100,15 +139,34 @@ def world(folder):
     images.mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (23, 19), "red").save(images / name)
-    refs = [{"ref_id": i, "ann_id": 10 + i, "image_id": 1 + i % 2, "split": "train", "file_name": "x",
-             "sentences": [{"sent": f"thing {i}", "raw": "Thing", "sent_id": 2 * i + k} for k in range(2)]}
-            for i in range(3)]
-    shapes = [[[2, 3, 9, 3, 9, 12]], {"size": [19, 23], "counts": [40, 6, 391]},
-              [[1, 1, 5, 1, 5, 5], [2, 2, 8, 2, 8, 9]]]
-    instances = {"images": [{"id": 1, "file_name": "a.png", "width": 23, "height": 19},
-                            {"id": 2, "file_name": "b.png", "width": 23, "height": 19}],
-                 "annotations": [{"id": 10 + i, "image_id": 1 + i % 2, "iscrowd": 0, "segmentation": s}
-                                 for i, s in enumerate(shapes)]}
+    refs = [
+        {
+            "ref_id": i,
+            "ann_id": 10 + i,
+            "image_id": 1 + i % 2,
+            "split": "train",
+            "file_name": "x",
+            "sentences": [
+                {"sent": f"thing {i}", "raw": "Thing", "sent_id": 2 * i + k} for k in range(2)
+            ],
+        }
+        for i in range(3)
+    ]
+    shapes = [
+        [[2, 3, 9, 3, 9, 12]],
+        {"size": [19, 23], "counts": [40, 6, 391]},
+        [[1, 1, 5, 1, 5, 5], [2, 2, 8, 2, 8, 9]],
+    ]
+    instances = {
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 23, "height": 19},
+            {"id": 2, "file_name": "b.png", "width": 23, "height": 19},
+        ],
+        "annotations": [
+            {"id": 10 + i, "image_id": 1 + i % 2, "iscrowd": 0, "segmentation": s}
+            for i, s in enumerate(shapes)
+        ],
+    }
     (folder / "refcoco").mkdir()
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, 2))
     (folder / "refcoco" / "instances.json").write_bytes(as_json(instances))
@@ -117,11 +175,14 @@ def world(folder):
 
 def a_picture(form):
     picture = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (19, 23, 3), np.uint8)).save(picture, form)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (19, 23, 3), np.uint8)).save(
+        picture, form
+    )
     return picture.getvalue()
 
 
 # Each: a folder -> the file to be changed, files to put in its place, and what reads it.
+
 
 def refs(folder):
     good, _ = world(folder)
@@ -133,28 +194,50 @@ def refs(folder):
 def instances(folder):
     _, good = world(folder)
     path = folder / "refcoco" / "instances.json"
-    return path, bytes_changed(as_json(good)) | value_changed(good, as_json), lambda: read_all(folder, "refcoco")
+    return (
+        path,
+        bytes_changed(as_json(good)) | value_changed(good, as_json),
+        lambda: read_all(folder, "refcoco"),
+    )
 
 
 def own_list(folder):
     Image.new("RGB", (23, 19), "red").save(folder / "a.png")
     Image.fromarray(np.eye(19, 23) > 0).save(folder / "m.png")
-    good = [{"image": "a.png", "mask": "m.png", "sentences": ["one", "two"], "split": "train"},
-            {"image": "a.png", "polygons": [[2, 3, 9, 3, 9, 12]], "sentences": ["three"], "split": "train"}]
+    good = [
+        {"image": "a.png", "mask": "m.png", "sentences": ["one", "two"], "split": "train"},
+        {
+            "image": "a.png",
+            "polygons": [[2, 3, 9, 3, 9, 12]],
+            "sentences": ["three"],
+            "split": "train",
+        },
+    ]
     path = folder / "own.json"
-    return path, bytes_changed(as_json(good)) | value_changed(good, as_json), lambda: read_all(folder, str(path))
+    return (
+        path,
+        bytes_changed(as_json(good)) | value_changed(good, as_json),
+        lambda: read_all(folder, str(path)),
+    )
 
 
 def picture(folder):
     path = folder / "picture"
-    return (path, st.one_of(*(bytes_changed(a_picture(form)) for form in image_files.FORMATS)),
-            lambda: (image_files.image_size(path), image_files.open_image(path).getpixel((0, 0))))
+    return (
+        path,
+        st.one_of(*(bytes_changed(a_picture(form)) for form in image_files.FORMATS)),
+        lambda: (image_files.image_size(path), image_files.open_image(path).getpixel((0, 0))),
+    )
 
 
 def config(folder):
     path = folder / "config.json"
     good = json.loads(json.dumps(dict(vars(CONFIGS["tiny"]), clip_fingerprint="0" * 16)))
-    return path, bytes_changed(as_json(good)) | value_changed(good, as_json), lambda: read_config(path, CONFIGS)
+    return (
+        path,
+        bytes_changed(as_json(good)) | value_changed(good, as_json),
+        lambda: read_config(path, CONFIGS),
+    )
 
 
 def weights(folder):
@@ -170,8 +253,13 @@ def test_a_changed_file_is_read_or_refused(tmp_path, reader, times):
     path, files, read = reader(tmp_path)
     outcomes = {"read": 0, "refused": 0}
 
-    @settings(max_examples=EXAMPLES * times, derandomize=True, deadline=10_000, database=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES * times,
+        derandomize=True,
+        deadline=10_000,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(files)
     def attempt(content):
         path.write_bytes(content)
@@ -181,9 +269,11 @@ def test_a_changed_file_is_read_or_refused(tmp_path, reader, times):
         except DataError as error:
             assert str(error)
             outcomes["refused"] += 1
+
     attempt()
     print(reader.__name__, outcomes)
-    assert min(outcomes.values()) > 0.02 * EXAMPLES  # some are near enough to good files, some are not
+    # some are near enough to good files, some are not
+    assert min(outcomes.values()) > 0.02 * EXAMPLES
 
 
 @pytest.mark.parametrize("reader", [refs, instances, own_list, config])
@@ -209,5 +299,6 @@ def test_a_nesting_that_can_be_read_but_not_printed_is_refused(tmp_path):
 
     def deeper(frames):  # as far down as a loader's worker and more
         return deeper(frames - 1) if frames else opened.mask(0)
+
     with pytest.raises(DataError, match="recursion"):
         deeper(150)

@@ -1,6 +1,7 @@
 """A run killed at any moment goes on to the very weights of one that was not.
 
-The default run kills three times; `pytest -m slow tests/test_kill.py` 50 times, and a run of two processes twice, or as
+The default run kills three times; `pytest -m slow tests/test_kill.py` 50 times, and a run of two
+processes twice, or as
 RISCLIP_KILLS says.
 """
 
@@ -25,18 +26,21 @@ from support.checkpoint import find_checkpoint
 
 REPOSITORY = Path(train.__file__).parent
 STEPS = 6
-CONTEXT = multiprocessing.get_context("forkserver")  # a process that has imported torch, and run nothing, forks them
+# a process that has imported torch, and run nothing, forks them
+CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])
 
 
 def trains(flags, errors=None, largest_file=None):
-    """What a child process does: train.py with these flags, a checkpoint every second step, and no evaluation. What it
+    """What a child process does: train.py with these flags, a checkpoint every second step, and no
+    evaluation. What it
     prints on stderr goes to a file, if one is given."""
     if errors:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    multiprocessing.set_start_method("fork", force=True)  # its own readers, as train.py's: a server's would outlive it
+    # its own readers, as train.py's: a server's would outlive it
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     for settings in train.SETTINGS.values():
         settings["save_every"] = 2
@@ -49,12 +53,30 @@ def stderr(out):
 
 
 def flags(world, out, stage, *more):
-    return [str(f) for f in ("--data-root", world, "--out", out, "--stage", stage, "--steps", STEPS, "--batch-size", 2,
-                             "--image-size", 32, *more)]
+    return [
+        str(f)
+        for f in (
+            "--data-root",
+            world,
+            "--out",
+            out,
+            "--stage",
+            stage,
+            "--steps",
+            STEPS,
+            "--batch-size",
+            2,
+            "--image-size",
+            32,
+            *more,
+        )
+    ]
 
 
 def start(world, out, stage, *more, **limits):
-    process = CONTEXT.Process(target=trains, args=(flags(world, out, stage, *more), stderr(out)), kwargs=limits)
+    process = CONTEXT.Process(
+        target=trains, args=(flags(world, out, stage, *more), stderr(out)), kwargs=limits
+    )
     process.start()
     return process
 
@@ -73,7 +95,8 @@ def weights(out, stage):
 def unbroken(world, tmp_path_factory):
     """--out of both stages, and by stage the seconds that its run took."""
     out, seconds = tmp_path_factory.mktemp("unbroken"), {}
-    first = CONTEXT.Process(target=str)  # starts the server, whose imports are no part of a run's seconds
+    # starts the server, whose imports are no part of a run's seconds
+    first = CONTEXT.Process(target=str)
     first.start()
     assert ends(first) == 0
     for stage in (1, 2):
@@ -87,11 +110,14 @@ def prepare(out, unbroken, stage):
     """Makes an --out, for stage 2 with the unbroken stage 1."""
     out.mkdir()
     if stage == 2:
-        (out / f"stage1-{STEPS:06d}").symlink_to(unbroken / f"stage1-{STEPS:06d}", target_is_directory=True)
+        (out / f"stage1-{STEPS:06d}").symlink_to(
+            unbroken / f"stage1-{STEPS:06d}", target_is_directory=True
+        )
 
 
 def kill(world, unbroken, out, stage, number, after):
-    """Kills a run of the stage after that many seconds, resumes it, and compares weights and log with the unbroken
+    """Kills a run of the stage after that many seconds, resumes it, and compares weights and log
+    with the unbroken
     one's. -> the killed run's exit code."""
     prepare(out, unbroken, stage)
     process = start(world, out, stage)
@@ -99,9 +125,12 @@ def kill(world, unbroken, out, stage, number, after):
     if process.is_alive():
         os.kill(process.pid, number)
     code = ends(process)
-    early = not (out / "log.jsonl").exists()  # Ctrl-C is then an exception, of which multiprocessing makes a 1
-    assert code in (0, -number, 128 + number, 1 if early and number == signal.SIGINT else 0)  # 0: it had ended before
-    if code == 128 + number and (out / "log.jsonl").exists():  # it had begun to train, and so saved first
+    # Ctrl-C is then an exception, of which multiprocessing makes a 1
+    early = not (out / "log.jsonl").exists()
+    # 0: it had ended before
+    assert code in (0, -number, 128 + number, 1 if early and number == signal.SIGINT else 0)
+    # it had begun to train, and so saved first
+    if code == 128 + number and (out / "log.jsonl").exists():
         assert find_checkpoint(out, stage)
     assert ends(start(world, out, stage, "--resume")) == 0
     same(unbroken, out, stage)
@@ -110,7 +139,9 @@ def kill(world, unbroken, out, stage, number, after):
 
 def same(unbroken, out, stage):
     expected, resumed = weights(unbroken, stage), weights(out, stage)
-    assert expected.keys() == resumed.keys() and all(torch.equal(expected[k], resumed[k]) for k in expected)
+    assert expected.keys() == resumed.keys() and all(
+        torch.equal(expected[k], resumed[k]) for k in expected
+    )
     assert not list(out.glob(".*partial"))
 
 
@@ -119,7 +150,9 @@ def kill_often(world, unbroken, tmp_path, times):
     codes = []
     for i in range(times):
         stage, number = 1 + i % 2, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
-        codes.append(kill(world, out, tmp_path / str(i), stage, number, rng.uniform(0, seconds[stage])))
+        codes.append(
+            kill(world, out, tmp_path / str(i), stage, number, rng.uniform(0, seconds[stage]))
+        )
         shutil.rmtree(tmp_path / str(i))
     print(f"{times} runs killed and resumed; exit codes {sorted(codes)}")
     assert any(codes), "no run was killed before its end"
@@ -134,8 +167,11 @@ def test_many_killed_runs_resume_bit_for_bit(world, unbroken, tmp_path):
     kill_often(world, unbroken, tmp_path, int(os.environ.get("RISCLIP_KILLS", 50)))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(world, unbroken, tmp_path):
-    """The resumed run may write no file as large as training.pt, which holds two moments of every parameter."""
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(
+    world, unbroken, tmp_path
+):
+    """The resumed run may write no file as large as training.pt, which holds two moments of every
+    parameter."""
     process = start(world, tmp_path, 1)
     while process.is_alive() and not find_checkpoint(tmp_path, 1):
         time.sleep(0.05)
@@ -145,8 +181,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(world,
     limit = (before / "training.pt").stat().st_size - 1
     assert limit > (before / "model.safetensors").stat().st_size  # which is written first
     assert ends(start(world, tmp_path, 1, "--resume", largest_file=limit)) == 2
-    error = [line for line in stderr(tmp_path).read_text().splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "cannot be written" in error[0] and "make room and go on with --resume" in error[0]
+    error = [
+        line for line in stderr(tmp_path).read_text().splitlines() if line.startswith("error: ")
+    ]
+    assert (
+        len(error) == 1
+        and "cannot be written" in error[0]
+        and "make room and go on with --resume" in error[0]
+    )
     assert find_checkpoint(tmp_path, 1) == before and not list(tmp_path.glob(".*partial"))
     assert ends(start(world, tmp_path, 1, "--resume")) == 0
     expected, resumed = weights(unbroken[0], 1), weights(tmp_path, 1)
@@ -165,14 +207,25 @@ def test_a_second_run_is_kept_out_until_the_first_one_is_dead(world, unbroken, t
     assert ends(start(world, tmp_path, 1, "--resume")) == 0
 
 
-# ---- Two processes --------------------------------------------------------------------------------------------------
+# ---- Two processes -----------------------------------------------------------------------------
+
 
 def torchrun(out, *command):
     """Starts a script with its flags as two processes of one thread -> the torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *command,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     with open(stderr(out), "w") as errors:
-        return subprocess.Popen(launch, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        return subprocess.Popen(
+            launch, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
 
 
 def until(there, process):
@@ -194,11 +247,17 @@ def saved(out, stage):
     return int(newest.name.split("-")[1]) if newest else 0
 
 
-WAYS = {"both and torchrun": signal.SIGKILL, "one": signal.SIGKILL, "both": signal.SIGTERM, "torchrun": signal.SIGTERM}
+WAYS = {
+    "both and torchrun": signal.SIGKILL,
+    "one": signal.SIGKILL,
+    "both": signal.SIGTERM,
+    "torchrun": signal.SIGTERM,
+}
 
 
 def kill_two(world, unbroken, out, stage, way, rng):
-    """As kill does, of two processes that train under torchrun. -> its exit code, and the step that was left."""
+    """As kill does, of two processes that train under torchrun. -> its exit code, and the step that
+    was left."""
     prepare(out, unbroken[1], stage)
     process, begun = two(world, out, stage), rng.choice((0, 2))
     until(lambda: saved(out, stage) >= begun, process)
@@ -219,7 +278,11 @@ def kill_two(world, unbroken, out, stage, way, rng):
 
 @pytest.mark.slow
 def test_killed_runs_of_two_processes_resume_bit_for_bit(world, tmp_path):
-    unbroken, killed, rng = {stage: tmp_path / f"unbroken{stage}" for stage in (1, 2)}, [], random.Random(0)
+    unbroken, killed, rng = (
+        {stage: tmp_path / f"unbroken{stage}" for stage in (1, 2)},
+        [],
+        random.Random(0),
+    )
     for stage, out in unbroken.items():
         prepare(out, unbroken[1], stage)
         assert two(world, out, stage).wait(300) == 0, stderr(out).read_text()
@@ -227,19 +290,34 @@ def test_killed_runs_of_two_processes_resume_bit_for_bit(world, tmp_path):
         stage, way = 1 + i % 2, rng.choice(list(WAYS))
         code, left = kill_two(world, unbroken, tmp_path / str(i), stage, way, rng)
         killed.append(left)
-        print(f"stage {stage}, {WAYS[way].name} to {way}: exit code {code}, left at step {left}", flush=True)
+        print(
+            f"stage {stage}, {WAYS[way].name} to {way}: exit code {code}, left at step {left}",
+            flush=True,
+        )
     assert min(killed) < STEPS, "no run was killed before its end"
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_first(world, tmp_path):
-    process = torchrun(tmp_path, "train.py", "--data-root", str(world), "--out", str(tmp_path), "--stage", "1",
-                       "--steps", "100000")
+    process = torchrun(
+        tmp_path,
+        "train.py",
+        "--data-root",
+        str(world),
+        "--out",
+        str(tmp_path),
+        "--stage",
+        "1",
+        "--steps",
+        "100000",
+    )
     log = tmp_path / "log.jsonl"
     until(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(300) != 0 and "go on with --resume" in stderr(tmp_path).read_text()
-    assert int(find_checkpoint(tmp_path, 1).name.split("-")[1]) >= 10 and not list(tmp_path.glob(".*partial"))
+    assert int(find_checkpoint(tmp_path, 1).name.split("-")[1]) >= 10 and not list(
+        tmp_path.glob(".*partial")
+    )
 
 
 if __name__ == "__main__":  # what torchrun starts
