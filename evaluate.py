@@ -341,6 +341,8 @@ def parse_args(argv=None):
     parser.add_argument("--data-root", default="data",
                         help="where the data sets lie (default: data)")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--outside", action="store_true",
+                        help="let your own JSON name files outside its folder")
     parser.add_argument("--protocol", default="original", choices=("original", "lavt", "cris"))
     parser.add_argument("--json", metavar="F", help="write the figures there")
     parser.add_argument("--figures", metavar="DIR", help="write samples.png, good.png and "
@@ -360,7 +362,7 @@ def parse_args(argv=None):
 
 def main(args):
     processes.start(args.device)
-    dataset = data.RefCOCO(args.data_root, args.dataset, args.split)
+    dataset = data.RefCOCO(args.data_root, args.dataset, args.split, outside=args.outside)
     for path in filter(None, (args.json, args.figures and Path(args.figures) / "samples.png")):
         check_writable(path)
     model, other = load(args), None

@@ -18,6 +18,7 @@ from support import processes
 from support.files import (
     MAX_BYTES,
     DataError,
+    as_utf8,
     check_writable,
     need,
     one_line,
@@ -88,7 +89,7 @@ def run_lengths(mask):
 
 def read_lines(source):
     """-> in.jsonl's lines that are not empty, by number. Raises DataError if there are too many."""
-    content = read_bytes(source)
+    content = as_utf8(read_bytes(source), source)
     if content.count(b"\n") > MAX_SENTENCES:
         raise DataError(f"--jsonl {source} has more than {MAX_SENTENCES} lines: split it")
     return {n: line for n, line in enumerate(content.split(b"\n"), 1) if line.strip()}

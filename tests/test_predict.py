@@ -209,3 +209,15 @@ def test_segment_all_is_in_eval_mode_and_leaves_the_mode_as_it_was(tiny, folder)
         masks = predict.segment_all(tiny.train(training), image, texts)
         assert tiny.training == training and masks.shape == (2, *image.size[::-1])
         assert (masks != np.stack(expected)).mean() < 1e-3
+
+
+def test_a_jsonl_in_utf_16_is_read_whole(world, checkpoint, tmp_path):
+    """PowerShell writes it."""
+    image = next((world / "images" / "shapes").iterdir())
+    record = json.dumps({"image": str(image), "sentence": "the circle"})
+    (tmp_path / "in.jsonl").write_text(f"{record}\n{record}\n", encoding="utf-16")
+    flags = ["--jsonl", str(tmp_path / "in.jsonl"),
+             "--out", str(tmp_path / "out.jsonl"), "--outside"]
+    assert predict.main(predict.parse_args([str(checkpoint), *flags])) == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and all("segmentation" in json.loads(line) for line in lines)
