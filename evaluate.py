@@ -35,7 +35,7 @@ from support import figures, processes
 from support.checkpoint import find_checkpoint
 from support.files import DataError, check_writable, one_line, run, too_small, write_text
 from support.image_files import preprocess
-from support.inference import outputs
+from support.inference import outputs, store_frozen_matrices
 from support.pictures import save_picture
 from support.tables import table
 
@@ -172,6 +172,11 @@ class Inputs(Dataset):
         return image, preprocess(shown, self.size), sentences, masks
 
 
+def as_it_is(item):
+    """Of the module, not a lambda: a process that is not forked gets it by name."""
+    return item
+
+
 def each_output(model, pixels, texts):
     """Yields the model's output per sentence of one image, pixels (3, S, S), so that the masks of
     a large image are upsampled one at a time."""
@@ -190,7 +195,7 @@ def predictions(model, dataset, protocol="original", workers=0, items=None, read
     model.eval()
     size = model.config.image_size
     inputs = Inputs(dataset, by_image(dataset) if items is None else items, size, protocol)
-    loader = DataLoader(inputs, batch_size=None, num_workers=workers, collate_fn=lambda item: item)
+    loader = DataLoader(inputs, batch_size=None, num_workers=workers, collate_fn=as_it_is)
     for item in tqdm(loader, "evaluate", unit="image", leave=False):
         if isinstance(item, DataError):
             raise item
@@ -327,9 +332,11 @@ def load(args):
     given = {flag: value for flag, value in given.items() if value is not None}
     model = RISCLIP.from_pretrained(args.checkpoint, **given)
     try:
-        return model.to(args.device)
+        model.to(args.device)
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"--device {args.device}: {one_line(error)[:120]}") from error
+    store_frozen_matrices(model)
+    return model
 
 
 def parse_args(argv=None):
