@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -37,12 +36,12 @@ from evaluate import (
 from miniature.pretrain import pretrain
 from risclip import CONFIGS, MHCA, RISCLIP, check_image_size
 from support import processes
-from support.check import doubts, look, look_ahead
+from support.check import doubts, leave_out_broken, look, look_ahead
 from support.checkpoint import find_checkpoint, read_config
 from support.files import DataError, check_folder, one_line, run, too_small, write_text
 from support.inference import store_frozen_matrices
 from support.pictures import save_picture
-from support.runs import Run, Tally, alone, next_part, read_training_state, unbroken
+from support.runs import Run, Tally, alone, check_stage_1, next_part
 
 # Table A1. `per_image`: sentences of one image that share a batch's decode and lower layers.
 PAPER = dict(epochs=60, steps=None, lr=5e-5, batch_size=32, per_image=1, warmup=0, augment=True,
@@ -170,9 +169,8 @@ class Plan:
 def sample_batches(model, dataset, settings, args, start):
     """Yields the parts of stage 1's or 2's batches (data.collate), with tokens, from `start` on."""
     samples = data.Samples(dataset, model.config.image_size, augment=settings["augment"])
-    loader = DataLoader(samples, batch_sampler=Plan(dataset, settings, args, start),
-                        collate_fn=data.collate, num_workers=args.workers)
-    for batch in loader:
+    plan = Plan(dataset, settings, args, start)
+    for batch in processes.reader(samples, args.workers, data.collate, batch_sampler=plan):
         for message in batch.pop("broken"):
             tqdm.write(f"skipped: {message}", file=sys.stderr)
         if batch["texts"]:
@@ -252,7 +250,10 @@ def build_model(args, stage):
 def report(args, model, train, val, held_out):
     """Evaluation on scenes never trained on, for the miniature, or else on the val split ->
     metrics.json, samples.png. The map is cut where it is best on val, but at 0.5 where val is what
-    is measured."""
+    is measured. Returns whether no sentence had to be left out."""
+    broken = leave_out_broken(held_out)
+    if held_out is not val:
+        leave_out_broken(val)
     results, models = {}, {"trained map": model}
     if args.backbone == "tiny":
         frozen = RISCLIP(replace(model.config, modules=(), decoder=False, clip="random"))
@@ -260,21 +261,22 @@ def report(args, model, train, val, held_out):
         models = {"frozen CLIP's map": frozen.to(args.device), **models}
     known = warn_of_images_trained_on(train.images, held_out.images)
     for name, m in models.items():
-        same = val.split == held_out.split
-        cut = Readout("patch_logits", 0.5) if same else best_map_readout(m, val)
+        cut = Readout("patch_logits", 0.5) if held_out is val else best_map_readout(m, val)
         readouts = {f"{name}, upsampled": cut}
         if m.decoder is not None:
             readouts["decoder's mask"] = MASK
         measured = evaluate(m, held_out, workers=args.workers, readouts=tuple(readouts.values()))
         for row, readout in readouts.items():
             results[row] = measured[readout] | {"threshold": readout.threshold,
-                                                "images_trained_on": known}
+                                                "images_trained_on": known,
+                                                "left_out": broken}
     if processes.MAIN:
         write_text(args.out / "metrics.json", json.dumps(results, indent=1) + "\n")
         save_picture(samples(model, held_out), args.out / "samples.png")
     first = next(iter(results.values()))
     print(f"\n{args.dataset} {held_out.split}: {first['sentences']} sentences, "
           f"{first['images']} images\n{results_table(results)}\n")
+    return not broken
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -365,21 +367,6 @@ def check_run(args, stages):
         raise DataError(f"--device {args.device}: {one_line(error)[:120]}") from error
 
 
-def check_stage_1(out):
-    """Raises DataError unless --out holds a finished stage 1."""
-    first = find_checkpoint(out, 1)
-    if first is None:
-        raise DataError(f"stage 2 needs stage 1, and --out {out} has no stage1-*: run --stage 1 "
-                        "first")
-    if (first / "training.pt").exists():
-        with unbroken(first):
-            state = read_training_state(first)
-            step, steps = int(state["step"]), int(json.loads(state["run"])["steps"])
-        if step < steps:
-            raise DataError(f"stage 1 in --out {out} stopped at step {step} of {steps}: finish it "
-                            "with --stage 1 --resume")
-
-
 def have_data(args):
     """Writes the shapes data set if it is asked for and not there."""
     if args.dataset == "shapes":
@@ -405,13 +392,16 @@ def main(args):
 
 def train(args, stages):
     """The stages into --out, and what is reported of them -> exit code."""
+    def split(name):
+        return data.RefCOCO(args.data_root, args.dataset, name, outside=args.outside)
+
     have_data(args)
-    splits = ["train", "val", "test" if args.dataset == "shapes" else "val"]
-    if args.dataset == "combined":  # the union of Table 2 has no val split
-        splits = ["train"]
-    learn, *evaluated = (data.RefCOCO(args.data_root, args.dataset, split, outside=args.outside)
-                         for split in splits)
-    for dataset in evaluated:
+    learn, val, held_out = split("train"), None, None
+    if args.dataset != "combined":  # the union of Table 2 has no val split
+        val = held_out = split("val")
+    if args.dataset == "shapes":
+        held_out = split("test")
+    for dataset in {val, held_out} - {None}:
         look_ahead(dataset)
     for line in doubts(learn):
         print(f"warning: {args.dataset} {learn.split}: {one_line(line)}", file=sys.stderr)
@@ -421,8 +411,8 @@ def train(args, stages):
     for stage in stages:
         model, its_sound = run_stage(args, stage, learn)
         sound = sound and its_sound
-    if evaluated:
-        report(args, model, learn, *evaluated)
+    if val:
+        sound = report(args, model, learn, val, held_out) and sound
         written += ", metrics.json, samples.png"
     print(f"wrote {args.out}: {written}")
     return 0 if sound else 1

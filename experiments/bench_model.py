@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 import risclip
 from experiments.bench_kernels import operator_flops
 from support.files import DataError, check_writable, one_line, run, too_small, write_text
-from support.inference import computes_bf16, outputs
+from support.inference import computes_bf16, outputs, store_frozen_matrices
 from support.pictures import BLUE, PINK, axes, save_picture
 from support.tables import table
 from train import locator_loss, refiner_loss
@@ -165,6 +165,7 @@ def build(args, precision, image_size):
     model = risclip.RISCLIP(config).to(args.device)
     if args.recompute is not None:
         model.recompute = args.recompute
+    store_frozen_matrices(model)
     return model
 
 

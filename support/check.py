@@ -1,5 +1,6 @@
 """Is a data set whole, and are its masks what somebody meant? For what no reader can decide."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +122,34 @@ def look(dataset, count=12):
         panels.append(panel({one_line(f"{name}, {dataset.refs[ref].split}"): fit(image),
                              "the mask": fit(masked)}, caption))
     return contact_sheet(panels)
+
+
+def leave_out_broken(dataset):
+    """Takes the sentences whose image or mask cannot be read out of the data set -> how many, and a
+    line on stderr for each such file. Raises DataError if no sentence is left."""
+    broken = {}  # by what is read: whether it cannot be
+    def readable(sentence):
+        needs = (dataset.image, sentence.image), (dataset.mask, sentence.ref)
+        for need in needs:
+            if need not in broken:
+                broken[need] = False
+                try:
+                    need[0](need[1])
+                except DataError as error:
+                    broken[need] = True
+                    print(f"left out: {one_line(error)}", file=sys.stderr)
+        return not any(broken[need] for need in needs)
+
+    kept = [sentence for sentence in dataset.sentences if readable(sentence)]
+    if not kept:
+        raise DataError(f"none of {dataset.split}'s sentences can be evaluated: see "
+                        "`python data.py check`")
+    left_out = len(dataset.sentences) - len(kept)
+    if left_out:
+        print(f"{left_out} sentences of {dataset.split} were left out of the evaluation",
+              file=sys.stderr)
+    dataset.sentences = kept
+    return left_out
 
 
 def look_ahead(dataset):

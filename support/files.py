@@ -13,6 +13,8 @@ from PIL import Image
 # An OSError that tells of the machine, not of the code: a full disk, a file that may not be used.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
                errno.ENOLCK)
+# What torch says when a DataLoader's process was killed, or found no room in /dev/shm.
+OF_A_READER = r"DataLoader worker \(pid|shared memory"
 MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is smaller than COCO's
 MAX_JSON_MEMORY = 1280 * 2**20  # of what a JSON text becomes, see json_memory
 JSON_COSTS = {b"[": 128, b"{": 176, b":": 96, b'"': 32, b",": 42}  # bytes of memory per sign
@@ -25,8 +27,8 @@ class DataError(ValueError):
 
 
 def run(main, args):
-    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError or a disk that
-    is full or may not be used, printed as one line on stderr."""
+    """main(args) -> exit code: main's own or 0; 130 after Ctrl-C; 2 for a DataError, a disk that is
+    full or may not be used, or a process that reads images and died, as one line on stderr."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a sentence outside the locale's letters
     try:
@@ -38,6 +40,13 @@ def run(main, args):
         if isinstance(error, OSError) and error.errno not in OF_THE_DISK:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not re.search(OF_A_READER, str(error)):
+            raise
+        print("error: a process that reads images died: if /dev/shm is small, as in a container "
+              "(df -h /dev/shm), give --workers 0; else give fewer --workers, for want of memory",
+              file=sys.stderr)
         return 2
 
 

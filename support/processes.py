@@ -1,12 +1,15 @@
-"""What the processes of a torchrun tell each other. Without torchrun there is one, and nothing here
-does anything."""
+"""The processes of a torchrun, what they tell each other, and those that read images for them.
+Without torchrun there is one process, and what passes between processes does nothing."""
 
 import atexit
 import os
+import signal
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, get_worker_info
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 MAIN = RANK == 0  # the process that writes, and prints
@@ -44,3 +47,28 @@ def add_up(tensors):
     dist.all_reduce(flat)
     for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(total.view_as(t))
+
+
+# ---- Processes that read images ----------------------------------------------------------------
+
+def reader(dataset, workers, collate=None, **options):
+    """-> torch's DataLoader with that many `workers`, which may start in any way: "fork", "spawn"
+    or "forkserver". files.run makes one line of a worker's death."""
+    return DataLoader(dataset, num_workers=workers, collate_fn=partial(shared, collate),
+                      worker_init_fn=leave_interrupts, **options)
+
+
+def shared(collate, items):
+    """collate(items), whose tensors already lie in shared memory. Want of it is then an error that
+    reaches the run; the thread that sends them would print the error and send nothing."""
+    batch = collate(items) if collate else items
+    if get_worker_info():
+        for value in batch.values() if isinstance(batch, dict) else batch:
+            if torch.is_tensor(value):
+                value.share_memory_()
+    return batch
+
+
+def leave_interrupts(worker):
+    """Ctrl-C reaches every process of a terminal. The one that trains decides what it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

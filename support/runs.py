@@ -36,7 +36,7 @@ class Run:
         run.sound()
 
     A kill at any moment costs no bit of the result. SIGTERM and Ctrl-C wait for the step to end,
-    which then is saved; a second Ctrl-C ends the process at once.
+    which then is saved; a second one ends the process at once.
     """
 
     def __init__(self, args, stage, steps, settings, save):
@@ -48,7 +48,7 @@ class Run:
         self.settings = {**settings, "stage": stage, "steps": steps, "seed": args.seed,
                          "dataset": args.dataset, "accumulate": args.accumulate * processes.WORLD}
         self.step = self.seen = self.skipped = self.bad = self.stopped = 0
-        self.asked = []  # signals that have come
+        self.asked, self.patience = [], math.inf  # signals that have come; when one more ends all
 
     def resume(self, net, optimizer):
         """Takes up the stage's newest checkpoint in --out, if there is one."""
@@ -68,10 +68,13 @@ class Run:
         return self
 
     def note(self, number, frame):
-        """Notes a signal. A second Ctrl-C does what it always does."""
-        self.asked.append(number)
-        if number == signal.SIGINT:
+        """Notes a signal. One that comes a second later or more does what it always does; before
+        that, torchrun may have passed on what its processes had already."""
+        if time.monotonic() > self.patience:
             signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
+        self.asked.append(number)
+        self.patience = min(self.patience, time.monotonic() + 1)
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
@@ -191,17 +194,8 @@ class Tally:
 
 
 def next_part(stream, device):
-    """The next part of a batch, on the device. Raises DataError if a process that reads images
-    died."""
-    try:
-        part = next(stream)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError("a process that reads images died: if /dev/shm is small, as in a "
-                        "container (df -h /dev/shm), give --workers 0; else give fewer --workers, "
-                        "for want of memory") from error
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in part.items()}
+    """The next part of a batch, on the device."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in next(stream).items()}
 
 
 def memory_gib(device):
@@ -304,6 +298,21 @@ def open_log(out, stage, step):
             continue  # cut short, or not ours
     write_text(path, "".join(kept))
     return open(path, "a")
+
+
+def check_stage_1(out):
+    """Raises DataError unless --out holds a finished stage 1."""
+    first = find_checkpoint(out, 1)
+    if first is None:
+        raise DataError(f"stage 2 needs stage 1, and --out {out} has no stage1-*: run --stage 1 "
+                        "first")
+    if (first / "training.pt").exists():
+        with unbroken(first):
+            state = read_training_state(first)
+            step, steps = int(state["step"]), int(json.loads(state["run"])["steps"])
+        if step < steps:
+            raise DataError(f"stage 1 in --out {out} stopped at step {step} of {steps}: finish it "
+                            "with --stage 1 --resume")
 
 
 @contextmanager
