@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
@@ -172,11 +172,6 @@ class Inputs(Dataset):
         return image, preprocess(shown, self.size), sentences, masks
 
 
-def as_it_is(item):
-    """Of the module, not a lambda: a process that is not forked gets it by name."""
-    return item
-
-
 def each_output(model, pixels, texts):
     """Yields the model's output per sentence of one image, pixels (3, S, S), so that the masks of
     a large image are upsampled one at a time."""
@@ -195,7 +190,7 @@ def predictions(model, dataset, protocol="original", workers=0, items=None, read
     model.eval()
     size = model.config.image_size
     inputs = Inputs(dataset, by_image(dataset) if items is None else items, size, protocol)
-    loader = DataLoader(inputs, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    loader = processes.reader(inputs, workers, batch_size=None)
     for item in tqdm(loader, "evaluate", unit="image", leave=False):
         if isinstance(item, DataError):
             raise item

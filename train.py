@@ -401,7 +401,7 @@ def train(args, stages):
         val = held_out = split("val")
     if args.dataset == "shapes":
         held_out = split("test")
-    for dataset in {val, held_out} - {None}:
+    for dataset in filter(None, dict.fromkeys((val, held_out))):
         look_ahead(dataset)
     for line in doubts(learn):
         print(f"warning: {args.dataset} {learn.split}: {one_line(line)}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """The shapes world: scenes of coloured shapes with sentences that are true of exactly one of them.
 
-The miniature's data. `write_shapes` puts scenes on disk as RefCOCO is, so that data.py reads them like any other set;
-`Captioned` draws the scenes and captions that the tiny CLIP learns from (train.py --stage 0).
+The miniature's data. `write_shapes` puts scenes on disk as RefCOCO is, so that data.py reads them
+like any other set; `Captioned` draws the scenes and captions that the tiny CLIP learns from
+(train.py --stage 0).
 """
 
 import json
@@ -18,21 +19,25 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco
 from tqdm import tqdm
 
-COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214), "yellow": (238, 200, 40),
-           "purple": (150, 62, 186), "white": (238, 238, 238)}
+COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214),
+           "yellow": (238, 200, 40), "purple": (150, 62, 186), "white": (238, 238, 238)}
 KINDS = ("circle", "square", "triangle", "star", "cross")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0)}  # pixels; kept well apart so that the words are never doubtful
+# pixels; kept well apart so that the words are never doubtful
+RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0)}
 SCENE = 96  # pixels, both sides
-FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}  # area over radius squared
-WALL = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: smaller is nearer the wall
+# area over radius squared
+FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}
+# axis, sign: smaller is nearer the wall
+WALL = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
 NEAR = 36  # pixels between the centres of what a caption calls neighbours
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One object of a scene: its words, centre and radius in pixels, rotation in radians, and what is drawn on it."""
+    """One object of a scene: its words, centre and radius in pixels, rotation in radians, and what
+    is drawn on it."""
 
     size: str
     colour: str
@@ -46,6 +51,7 @@ class Shape:
 
 def _outline(shape):
     """Corners of a shape, (n, 2) in pixels."""
+
     def ring(n, radius, start):
         angle = start + np.arange(n) * 2 * np.pi / n
         return np.stack([np.cos(angle), np.sin(angle)], 1) * np.broadcast_to(radius, n)[:, None]
@@ -70,20 +76,24 @@ def _outline(shape):
 
 def draw_palette(rng):
     """Two or three colours and two or three kinds: the neighbours in a scene share attributes."""
-    return rng.sample(list(COLOURS), rng.choice((2, 2, 3))), rng.sample(KINDS, rng.choice((2, 2, 3)))
+    return rng.sample(list(COLOURS), rng.choice((2, 2, 3))), rng.sample(
+        KINDS, rng.choice((2, 2, 3))
+    )
 
 
 def draw_words(rng, palette, count):
     """`count` objects of a palette, as (size, colour, kind)."""
     colours, kinds = palette
-    return [(rng.choice(list(SIZE_WORDS)), rng.choice(colours), rng.choice(kinds)) for _ in range(count)]
+    return [
+        (rng.choice(list(SIZE_WORDS)), rng.choice(colours), rng.choice(kinds)) for _ in range(count)
+    ]
 
 
 def draw_scene(rng, words, side=SCENE):
     """A layout of the objects -> (shapes, image (side, side, 3) uint8, owner (side, side) uint8).
 
-    words: (size, colour, kind) of each object, and perhaps its mark. `owner` is 0 on the ground and k + 1 where shape k
-    is what one sees; shapes may be partly covered by later ones.
+    words: (size, colour, kind) of each object, and perhaps its mark. `owner` is 0 on the ground and
+    k + 1 where shape k is what one sees; shapes may be partly covered by later ones.
     """
     while True:  # a crowded draw may not fit: draw again
         shapes = []
@@ -92,7 +102,9 @@ def draw_scene(rng, words, side=SCENE):
             for _ in range(40):
                 x, y = rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)
                 if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in shapes):
-                    shapes.append(Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3), *mark))
+                    shapes.append(
+                        Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3), *mark)
+                    )
                     break
         if len(shapes) == len(words):
             image, owner = _paint(shapes, rng, side)
@@ -103,11 +115,17 @@ def draw_scene(rng, words, side=SCENE):
 
 def _paint(shapes, rng, side):
     noise = np.random.default_rng(rng.getrandbits(32))
-    coarse = noise.normal(rng.uniform(70, 130), 16, (rng.randint(4, 9), rng.randint(4, 9), 1)) + noise.normal(0, 6, 3)
-    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    coarse = noise.normal(
+        rng.uniform(70, 130), 16, (rng.randint(4, 9), rng.randint(4, 9), 1)
+    ) + noise.normal(0, 6, 3)
+    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(
+        (side, side), Image.BICUBIC
+    )
     ground = np.asarray(ground, np.float32) + noise.normal(0, 5, (side, side, 1))
     zoom = 4  # drawn large and averaged down: soft edges in the picture
-    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((side * zoom,) * 2, Image.NEAREST)
+    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize(
+        (side * zoom,) * 2, Image.NEAREST
+    )
     owner = Image.new("L", (side, side))
     paint, claim = ImageDraw.Draw(canvas), ImageDraw.Draw(owner)
     for k, shape in enumerate(shapes):
@@ -117,7 +135,11 @@ def _paint(shapes, rng, side):
         paint.polygon([tuple(p) for p in corners * zoom], fill=colour, outline=edge, width=zoom)
         claim.polygon([tuple(p) for p in corners - 0.5], fill=k + 1)  # pixel centres lie at + 0.5
     for shape in (s for s in shapes if s.mark):  # above all shapes, so that none is half covered
-        x, y, ink = shape.x * zoom, shape.y * zoom, "black" if shape.colour in ("yellow", "white") else "white"
+        x, y, ink = (
+            shape.x * zoom,
+            shape.y * zoom,
+            "black" if shape.colour in ("yellow", "white") else "white",
+        )
         if shape.mark == "dot":
             paint.circle((x, y), 0.3 * shape.radius * zoom, fill=ink)
         else:
@@ -128,32 +150,42 @@ def _paint(shapes, rng, side):
 
 def _matches(shape, words):
     size, colour, kind = words
-    return size in (None, shape.size) and colour in (None, shape.colour) and kind in (None, shape.kind)
+    return (
+        size in (None, shape.size) and colour in (None, shape.colour) and kind in (None, shape.kind)
+    )
 
 
 def _phrase(words, rng):
     size, colour, kind = words
     if size:
         size = rng.choice(SIZE_WORDS[size])
-    return " ".join(w for w in (size, colour, kind or rng.choice(("shape", "object", "thing"))) if w)
+    return " ".join(
+        w for w in (size, colour, kind or rng.choice(("shape", "object", "thing"))) if w
+    )
 
 
 def expressions(shapes, target, rng):
-    """Sentences true of shape `target` alone -> {"attribute": [...], "position": [...], "relation": [...]}.
+    """Sentences true of shape `target` alone -> {"attribute": [...], "position": [...], "relation":
+    [...]}.
 
-    What two people could see differently is left out: a place needs 6 pixels to the next candidate, a relation 8 to
-    be true and has to be clearly false (2) of every other candidate. The head noun of a position or relation fits
-    two objects or more.
+    What two people could see differently is left out: a place needs 6 pixels to the next candidate,
+    a relation 8 to be true and has to be clearly false (2) of every other candidate. The head noun
+    of a position or relation fits two objects or more.
     """
     me = shapes[target]
-    descriptions = [(s, c, k) for s in (None, me.size) for c in (None, me.colour) for k in (None, me.kind)]
+    descriptions = [
+        (s, c, k) for s in (None, me.size) for c in (None, me.colour) for k in (None, me.kind)
+    ]
     fits = {d: [i for i, o in enumerate(shapes) if _matches(o, d)] for d in descriptions}
     heads = [d for d in descriptions if len(fits[d]) > 1]
     found = {"attribute": [], "position": [], "relation": []}
     the = rng.choice(("the ", "the ", ""))
 
     # attribute: its words together single it out, and none of them alone
-    alone = [len(fits[d]) == 1 for d in ((me.size, None, None), (None, me.colour, None), (None, None, me.kind))]
+    alone = [
+        len(fits[d]) == 1
+        for d in ((me.size, None, None), (None, me.colour, None), (None, None, me.kind))
+    ]
     for d in descriptions:
         if len(fits[d]) == 1 and not any(word and one for word, one in zip(d, alone)):
             found["attribute"].append(the + _phrase(d, rng))
@@ -169,17 +201,32 @@ def expressions(shapes, target, rng):
                 continue
             noun = _phrase(d, rng)
             if place == 0:
-                most = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}[wall]
-                found["position"] += [f"{the}{most} {noun}", f"{noun} {'at' if axis else 'on'} the {wall}",
-                                      f"{the}{noun} closest to the {wall} edge"]
+                most = {
+                    "left": "leftmost",
+                    "right": "rightmost",
+                    "top": "topmost",
+                    "bottom": "lowest",
+                }[wall]
+                found["position"] += [
+                    f"{the}{most} {noun}",
+                    f"{noun} {'at' if axis else 'on'} the {wall}",
+                    f"{the}{noun} closest to the {wall} edge",
+                ]
                 if len(order) == 2:
                     found["position"].append(f"{the}{wall} {noun}")
             elif place < 3 and len(order) > 2:
-                found["position"].append(f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}")
+                found["position"].append(
+                    f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}"
+                )
 
-    # relation: to an anchor that its words single out, or (a chain) that a second relation singles out
+    # relation: to an anchor that its words single out, or (a chain) that a second relation singles
+    # out
     for a, anchor in enumerate(shapes):
-        name = (_unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng)) if a != target else None
+        name = (
+            (_unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng))
+            if a != target
+            else None
+        )
         for d in heads if name else ():
             for relation in (*RELATIONS, "closest to"):
                 if _holds_for_one(shapes, fits[d], target, relation, anchor):
@@ -188,13 +235,18 @@ def expressions(shapes, target, rng):
     return found
 
 
-_LINKS = {"left of": ("left of", "to the left of", "that is left of"), "right of": ("right of", "to the right of",
-          "that is on the right of"), "above": ("above", "that is above", "higher than"),
-          "below": ("below", "under", "that is below"), "closest to": ("closest to", "nearest to", "next to")}
+_LINKS = {
+    "left of": ("left of", "to the left of", "that is left of"),
+    "right of": ("right of", "to the right of", "that is on the right of"),
+    "above": ("above", "that is above", "higher than"),
+    "below": ("below", "under", "that is below"),
+    "closest to": ("closest to", "nearest to", "next to"),
+}
 
 
 def _holds_for_one(shapes, candidates, target, relation, anchor):
-    """Whether the relation to the anchor is clearly true of the target and clearly false of the other candidates."""
+    """Whether the relation to the anchor is clearly true of the target and clearly false of the
+    other candidates."""
     others = [shapes[i] for i in candidates if i != target and shapes[i] is not anchor]
     me = shapes[target]
     if relation == "closest to":
@@ -206,14 +258,20 @@ def _holds_for_one(shapes, candidates, target, relation, anchor):
 
     def ahead(o):
         return sign * ((o.x, o.y)[axis] - (anchor.x, anchor.y)[axis])
+
     return ahead(me) >= 8 and all(ahead(o) <= 2 for o in others)
 
 
 def _unique_name(shapes, i, rng):
     """A few words that single out shape i, or None."""
     o = shapes[i]
-    options = [(None, None, o.kind), (None, o.colour, None), (None, o.colour, o.kind), (o.size, None, o.kind),
-               (o.size, o.colour, o.kind)]
+    options = [
+        (None, None, o.kind),
+        (None, o.colour, None),
+        (None, o.colour, o.kind),
+        (o.size, None, o.kind),
+        (o.size, o.colour, o.kind),
+    ]
     unique = [d for d in options if sum(_matches(s, d) for s in shapes) == 1]
     return _phrase(rng.choice(unique[:3]), rng) if unique else None
 
@@ -230,25 +288,34 @@ def _chain_name(shapes, i, exclude, rng):
     return None
 
 
-# ---- On disk --------------------------------------------------------------------------------------------------------
+# ---- On disk -----------------------------------------------------------------------------------
 
 SPLITS = {"train": 0.76, "val": 0.03, "test": 0.21}  # of the images
-LIMITS = ("characters", "absence")  # further splits, never trained on: Sec. A.2.1's two kinds of failure
+# further splits, never trained on: Sec. A.2.1's two kinds of failure
+LIMITS = ("characters", "absence")
 CHARACTERS = "2345679ABCEFHKLPRTUX"  # those that are not easily taken for one another
 
 
 def draw_limit(rng, split):
-    """A scene of a LIMITS split -> (shapes, image, owner, {target: [(split, sentence)]}): among others, two large
-    shapes of one colour and kind, which only the character or the dot on them tells apart."""
+    """A scene of a LIMITS split -> (shapes, image, owner, {target: [(split, sentence)]}): among
+    others, two large shapes of one colour and kind, which only the character or the dot on them
+    tells apart."""
     colours, kinds = palette = draw_palette(rng)
     twin = ("large", rng.choice(colours), rng.choice(kinds))
     words, target = [twin, twin, *draw_words(rng, palette, rng.randint(1, 2))], rng.randrange(2)
     if split == "characters":
-        marks = [c if w[0] == "large" else "" for c, w in zip(rng.sample(CHARACTERS, len(words)), words)]
+        marks = [
+            c if w[0] == "large" else "" for c, w in zip(rng.sample(CHARACTERS, len(words)), words)
+        ]
         c = marks[target]
-        end = rng.choice(("with a {}", "with the number {}") if c.isdigit() else ("with the letter {}",)).format(c)
+        end = rng.choice(
+            ("with a {}", "with the number {}") if c.isdigit() else ("with the letter {}",)
+        ).format(c)
     else:  # all others of its kind have a dot
-        marks = ["" if k == target or w[2] != twin[2] and rng.random() < 0.5 else "dot" for k, w in enumerate(words)]
+        marks = [
+            "" if k == target or w[2] != twin[2] and rng.random() < 0.5 else "dot"
+            for k, w in enumerate(words)
+        ]
         end = rng.choice(("with no dot", "without a dot"))
     noun = _phrase((None, rng.choice((None, twin[1])), twin[2]), rng)
     shapes, image, owner = draw_scene(rng, [(*w, mark) for w, mark in zip(words, marks)])
@@ -256,31 +323,48 @@ def draw_limit(rng, split):
 
 
 def _write_scene(path, seed, i, split):
-    """Draws scene i of a seed and writes its picture -> [(kind number, run lengths, box, area, said), ...], a referent
-    each: said is a list of (kind of expression, text)."""
+    """Draws scene i of a seed and writes its picture -> [(kind number, run lengths, box, area,
+    said), ...], a referent each: said is a list of (kind of expression, text)."""
     rng, referents = random.Random(f"{split if split in LIMITS else 'scene'} {seed} {i}"), []
     if split in LIMITS:
         shapes, image, owner, said = draw_limit(rng, split)
     else:
-        shapes, image, owner = draw_scene(rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6)))
-        said = {k: [(kind, text) for kind, found in expressions(shapes, k, rng).items()
-                    for text in rng.sample(found, min(len(found), 1 + (split == "train" and kind == "attribute")))]
-                for k in rng.sample(range(len(shapes)), len(shapes))}
+        shapes, image, owner = draw_scene(
+            rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6))
+        )
+        said = {
+            k: [
+                (kind, text)
+                for kind, found in expressions(shapes, k, rng).items()
+                for text in rng.sample(
+                    found, min(len(found), 1 + (split == "train" and kind == "attribute"))
+                )
+            ]
+            for k in rng.sample(range(len(shapes)), len(shapes))
+        }
     Image.fromarray(image).save(path, compress_level=1)
-    for k in [k for k in said if said[k]][:None if split == "train" else 1]:
+    for k in [k for k in said if said[k]][: None if split == "train" else 1]:
         run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
-        referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
-                          coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said[k]))
+        referents.append(
+            (
+                KINDS.index(shapes[k].kind) + 1,
+                run_lengths["counts"].decode(),
+                coco.toBbox(run_lengths).tolist(),
+                int(coco.area(run_lengths)),
+                said[k],
+            )
+        )
     return referents
 
 
 def write_shapes(root, images, seed, limits=100):
-    """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says, and `limits` more for
-    each split of LIMITS.
+    """Writes `images` scenes of 3 to 6 shapes under root in REFER layout, split as SPLITS says, and
+    `limits` more for each split of LIMITS.
 
-    A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it out, for train two
-    attributes where there are: fewer shapes have one, and from them all kinds learn their words. For val and test one
-    shape a scene, so that many scenes are seen. instances.json comes last: with it the data set is whole.
+    A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it
+    out, for train two attributes where there are: fewer shapes have one, and from them all kinds
+    learn their words. For val and test one shape a scene, so that many scenes are seen.
+    instances.json comes last: with it the data set is whole.
     """
     root = Path(root)
     (root / "shapes").mkdir(parents=True, exist_ok=True)
@@ -297,22 +381,53 @@ def write_shapes(root, images, seed, limits=100):
     annotations, refs, sentences = [], [], 0
     with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
         scenes = pool.map(_write_scene, paths, [seed] * len(names), numbers, splits, chunksize=32)
-        for i, referents in enumerate(tqdm(scenes, "shapes", len(names), unit="scene", disable=None)):
+        for i, referents in enumerate(
+            tqdm(scenes, "shapes", len(names), unit="scene", disable=None)
+        ):
             for category, counts, box, area, said in referents:
-                annotations.append({"id": len(annotations), "image_id": i, "category_id": category, "iscrowd": 0,
-                                    "area": area, "bbox": box,
-                                    "segmentation": {"size": [SCENE, SCENE], "counts": counts}})
-                refs.append({"ref_id": len(refs), "ann_id": annotations[-1]["id"], "image_id": i, "split": splits[i],
-                             "category_id": category, "file_name": names[i],
-                             "sent_ids": list(range(sentences, sentences + len(said))),
-                             "sentences": [{"sent_id": sentences + j, "sent": text, "raw": text, "tokens": text.split(),
-                                            "kind": kind} for j, (kind, text) in enumerate(said)]})
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": i,
+                        "category_id": category,
+                        "iscrowd": 0,
+                        "area": area,
+                        "bbox": box,
+                        "segmentation": {"size": [SCENE, SCENE], "counts": counts},
+                    }
+                )
+                refs.append(
+                    {
+                        "ref_id": len(refs),
+                        "ann_id": annotations[-1]["id"],
+                        "image_id": i,
+                        "split": splits[i],
+                        "category_id": category,
+                        "file_name": names[i],
+                        "sent_ids": list(range(sentences, sentences + len(said))),
+                        "sentences": [
+                            {
+                                "sent_id": sentences + j,
+                                "sent": text,
+                                "raw": text,
+                                "tokens": text.split(),
+                                "kind": kind,
+                            }
+                            for j, (kind, text) in enumerate(said)
+                        ],
+                    }
+                )
                 sentences += len(said)
     (root / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
-    records = [{"id": i, "file_name": name, "width": SCENE, "height": SCENE} for i, name in enumerate(names)]
+    records = [
+        {"id": i, "file_name": name, "width": SCENE, "height": SCENE}
+        for i, name in enumerate(names)
+    ]
     categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
     aside = whole.with_suffix(".partial")
-    aside.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}))
+    aside.write_text(
+        json.dumps({"images": records, "annotations": annotations, "categories": categories})
+    )
     aside.replace(whole)
 
 

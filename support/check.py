@@ -128,6 +128,7 @@ def leave_out_broken(dataset):
     """Takes the sentences whose image or mask cannot be read out of the data set -> how many, and a
     line on stderr for each such file. Raises DataError if no sentence is left."""
     broken = {}  # by what is read: whether it cannot be
+
     def readable(sentence):
         needs = (dataset.image, sentence.image), (dataset.mask, sentence.ref)
         for need in needs:

@@ -5,6 +5,7 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -63,7 +64,8 @@ def shared(collate, items):
     reaches the run; the thread that sends them would print the error and send nothing."""
     batch = collate(items) if collate else items
     if get_worker_info():
-        for value in batch.values() if isinstance(batch, dict) else batch:
+        values = batch.values() if isinstance(batch, dict) else batch
+        for value in values if isinstance(values, Iterable) else ():
             if torch.is_tensor(value):
                 value.share_memory_()
     return batch
