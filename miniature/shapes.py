@@ -1,8 +1,7 @@
-"""The shapes world: scenes of coloured shapes with sentences that are true of exactly one of them.
+"""The shapes data set: scenes of coloured shapes, and sentences that are true of exactly one.
 
-The miniature's data. `write_shapes` puts scenes on disk as RefCOCO is, so that data.py reads them
-like any other set; `Captioned` draws the scenes and captions that the tiny CLIP learns from
-(train.py --stage 0).
+`write_shapes` puts scenes on disk in RefCOCO's layout, so that data.py reads them like any other
+set. miniature/pretrain.py draws scenes for the miniature's CLIP.
 """
 
 import json
@@ -22,17 +21,12 @@ from tqdm import tqdm
 COLOURS = {"red": (206, 44, 44), "green": (44, 150, 62), "blue": (44, 92, 214),
            "yellow": (238, 200, 40), "purple": (150, 62, 186), "white": (238, 238, 238)}
 KINDS = ("circle", "square", "triangle", "star", "cross")
-SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-# pixels; kept well apart so that the words are never doubtful
-RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0)}
+RADII = {"small": (9.5, 12.0), "large": (15.5, 19.0)}  # pixels, far enough apart to tell the words
+FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}  # area / r^2
 SCENE = 96  # pixels, both sides
-# area over radius squared
-FILL = {"circle": 2.65, "square": 2.55, "triangle": 1.87, "star": 1.91, "cross": 2.51}
-# axis, sign: smaller is nearer the wall
-WALL = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
-NEAR = 36  # pixels between the centres of what a caption calls neighbours
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
+
+# ---- Pictures ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -48,52 +42,50 @@ class Shape:
     turn: float
     mark: str = ""  # a character or "dot"
 
+    def outline(self):
+        """Its corners, (n, 2) in pixels."""
+        r, up = self.radius, -np.pi / 2 + self.turn
+        if self.kind == "circle":
+            corners = ring(40, r * 0.92, 0)
+        elif self.kind == "square":
+            corners = ring(4, r * 1.13, up + np.pi / 4)
+        elif self.kind == "triangle":
+            corners = ring(3, r * 1.2, up) + [0, r * 0.15]
+        elif self.kind == "star":
+            corners = ring(10, np.tile([r * 1.18, r * 0.55], 5), up)
+        else:  # a cross: a plus with arms as wide as a third of it
+            a, b = r * 0.36, r * 1.05
+            plus = np.array([[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a],
+                             [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]])
+            c, s = np.cos(self.turn), np.sin(self.turn)
+            corners = plus @ np.array([[c, s], [-s, c]])
+        return corners + [self.x, self.y]
 
-def _outline(shape):
-    """Corners of a shape, (n, 2) in pixels."""
 
-    def ring(n, radius, start):
-        angle = start + np.arange(n) * 2 * np.pi / n
-        return np.stack([np.cos(angle), np.sin(angle)], 1) * np.broadcast_to(radius, n)[:, None]
-
-    r, up = shape.radius, -np.pi / 2 + shape.turn
-    if shape.kind == "circle":
-        corners = ring(40, r * 0.92, 0)
-    elif shape.kind == "square":
-        corners = ring(4, r * 1.13, up + np.pi / 4)
-    elif shape.kind == "triangle":
-        corners = ring(3, r * 1.2, up) + [0, r * 0.15]
-    elif shape.kind == "star":
-        corners = ring(10, np.tile([r * 1.18, r * 0.55], 5), up)
-    else:  # a cross: a plus with arms as wide as a third of it
-        a, b = r * 0.36, r * 1.05
-        plus = np.array([[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a],
-                         [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]])
-        c, s = np.cos(shape.turn), np.sin(shape.turn)
-        corners = plus @ np.array([[c, s], [-s, c]])
-    return corners + [shape.x, shape.y]
+def ring(n, radius, start):
+    """n points around the origin, (n, 2), the first at the angle `start`."""
+    angle = start + np.arange(n) * 2 * np.pi / n
+    return np.stack([np.cos(angle), np.sin(angle)], 1) * np.broadcast_to(radius, n)[:, None]
 
 
 def draw_palette(rng):
     """Two or three colours and two or three kinds: the neighbours in a scene share attributes."""
-    return rng.sample(list(COLOURS), rng.choice((2, 2, 3))), rng.sample(
-        KINDS, rng.choice((2, 2, 3))
-    )
+    colours = rng.sample(list(COLOURS), rng.choice((2, 2, 3)))
+    return colours, rng.sample(KINDS, rng.choice((2, 2, 3)))
 
 
 def draw_words(rng, palette, count):
     """`count` objects of a palette, as (size, colour, kind)."""
     colours, kinds = palette
-    return [
-        (rng.choice(list(SIZE_WORDS)), rng.choice(colours), rng.choice(kinds)) for _ in range(count)
-    ]
+    return [(rng.choice(list(RADII)), rng.choice(colours), rng.choice(kinds))
+            for _ in range(count)]
 
 
 def draw_scene(rng, words, side=SCENE):
     """A layout of the objects -> (shapes, image (side, side, 3) uint8, owner (side, side) uint8).
 
     words: (size, colour, kind) of each object, and perhaps its mark. `owner` is 0 on the ground and
-    k + 1 where shape k is what one sees; shapes may be partly covered by later ones.
+    k + 1 where shape k is what one sees; later shapes may cover a part of earlier ones.
     """
     while True:  # a crowded draw may not fit: draw again
         shapes = []
@@ -102,197 +94,182 @@ def draw_scene(rng, words, side=SCENE):
             for _ in range(40):
                 x, y = rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)
                 if all(math.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in shapes):
-                    shapes.append(
-                        Shape(size, colour, kind, x, y, radius, rng.uniform(-0.3, 0.3), *mark)
-                    )
+                    turn = rng.uniform(-0.3, 0.3)
+                    shapes.append(Shape(size, colour, kind, x, y, radius, turn, *mark))
                     break
         if len(shapes) == len(words):
-            image, owner = _paint(shapes, rng, side)
+            image, owner = paint(shapes, rng, side)
             visible = np.bincount(owner.ravel(), minlength=len(shapes) + 1)[1:]
             if all(seen > 0.6 * FILL[s.kind] * s.radius**2 for seen, s in zip(visible, shapes)):
                 return shapes, image, owner
 
 
-def _paint(shapes, rng, side):
+def paint(shapes, rng, side):
+    """-> image (side, side, 3) and owner (side, side), both uint8, on a ground of noise."""
     noise = np.random.default_rng(rng.getrandbits(32))
-    coarse = noise.normal(
-        rng.uniform(70, 130), 16, (rng.randint(4, 9), rng.randint(4, 9), 1)
-    ) + noise.normal(0, 6, 3)
-    ground = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(
-        (side, side), Image.BICUBIC
-    )
+    brightness, grid = rng.uniform(70, 130), (rng.randint(4, 9), rng.randint(4, 9), 1)
+    coarse = noise.normal(brightness, 16, grid) + noise.normal(0, 6, 3)
+    ground = as_image(coarse).resize((side, side), Image.BICUBIC)
     ground = np.asarray(ground, np.float32) + noise.normal(0, 5, (side, side, 1))
     zoom = 4  # drawn large and averaged down: soft edges in the picture
-    canvas = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize(
-        (side * zoom,) * 2, Image.NEAREST
-    )
+    canvas = as_image(ground).resize((side * zoom, side * zoom), Image.NEAREST)
     owner = Image.new("L", (side, side))
-    paint, claim = ImageDraw.Draw(canvas), ImageDraw.Draw(owner)
+    brush, claim = ImageDraw.Draw(canvas), ImageDraw.Draw(owner)
     for k, shape in enumerate(shapes):
         colour = tuple(int(c + noise.normal(0, 5)) for c in COLOURS[shape.colour])
-        corners = _outline(shape)
         edge = tuple(int(c * 0.6) for c in colour)
-        paint.polygon([tuple(p) for p in corners * zoom], fill=colour, outline=edge, width=zoom)
+        corners = shape.outline()
+        brush.polygon([tuple(p) for p in corners * zoom], fill=colour, outline=edge, width=zoom)
         claim.polygon([tuple(p) for p in corners - 0.5], fill=k + 1)  # pixel centres lie at + 0.5
     for shape in (s for s in shapes if s.mark):  # above all shapes, so that none is half covered
-        x, y, ink = (
-            shape.x * zoom,
-            shape.y * zoom,
-            "black" if shape.colour in ("yellow", "white") else "white",
-        )
+        x, y = shape.x * zoom, shape.y * zoom
+        ink = "black" if shape.colour in ("yellow", "white") else "white"
         if shape.mark == "dot":
-            paint.circle((x, y), 0.3 * shape.radius * zoom, fill=ink)
+            brush.circle((x, y), 0.3 * shape.radius * zoom, fill=ink)
         else:
             font = ImageFont.load_default(1.3 * shape.radius * zoom)
-            paint.text((x, y), shape.mark, fill=ink, font=font, anchor="mm")
+            brush.text((x, y), shape.mark, fill=ink, font=font, anchor="mm")
     return np.asarray(canvas.reduce(zoom)), np.asarray(owner)
 
 
-def _matches(shape, words):
-    size, colour, kind = words
-    return (
-        size in (None, shape.size) and colour in (None, shape.colour) and kind in (None, shape.kind)
-    )
+def as_image(pixels):
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _phrase(words, rng):
-    size, colour, kind = words
+# ---- English -----------------------------------------------------------------------------------
+# A description is (size, colour, kind), with None for what it does not say.
+
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+WALLS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: least is
+MOST = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}  # nearest
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+LINKS = {"left of": ("left of", "to the left of", "that is left of"),
+         "right of": ("right of", "to the right of", "that is on the right of"),
+         "above": ("above", "that is above", "higher than"),
+         "below": ("below", "under", "that is below"),
+         "closest to": ("closest to", "nearest to", "next to")}
+
+
+def matches(shape, description):
+    size, colour, kind = description
+    return (size in (None, shape.size) and colour in (None, shape.colour)
+            and kind in (None, shape.kind))
+
+
+def phrase(description, rng):
+    """-> "little red thing"."""
+    size, colour, kind = description
     if size:
         size = rng.choice(SIZE_WORDS[size])
-    return " ".join(
-        w for w in (size, colour, kind or rng.choice(("shape", "object", "thing"))) if w
-    )
+    kind = kind or rng.choice(("shape", "object", "thing"))
+    return " ".join(word for word in (size, colour, kind) if word)
+
+
+def ranked(noun, wall, place, the="the "):
+    """-> phrases for the first, second or third (`place` 0, 1, 2) of its like from a wall."""
+    if place:
+        return [f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}"]
+    return [f"{the}{MOST[wall]} {noun}", f"{the}{noun} closest to the {wall} edge",
+            f"{the}{wall} {noun}"]
+
+
+def along(shape, axis, sign):
+    return sign * (shape.x, shape.y)[axis]
 
 
 def expressions(shapes, target, rng):
-    """Sentences true of shape `target` alone -> {"attribute": [...], "position": [...], "relation":
-    [...]}.
+    """Sentences true of shape `target` alone -> {"attribute": [...], "position": [...],
+    "relation": [...]}.
 
-    What two people could see differently is left out: a place needs 6 pixels to the next candidate,
-    a relation 8 to be true and has to be clearly false (2) of every other candidate. The head noun
-    of a position or relation fits two objects or more.
+    What two people could see differently is left out. A place needs 6 pixels to the next candidate.
+    A relation needs 8, and has to be clearly false (2) of every other candidate. The head noun of a
+    position or relation fits two objects or more.
     """
     me = shapes[target]
-    descriptions = [
-        (s, c, k) for s in (None, me.size) for c in (None, me.colour) for k in (None, me.kind)
-    ]
-    fits = {d: [i for i, o in enumerate(shapes) if _matches(o, d)] for d in descriptions}
+    descriptions = [(size, colour, kind) for size in (None, me.size)
+                    for colour in (None, me.colour) for kind in (None, me.kind)]
+    fits = {d: [i for i, o in enumerate(shapes) if matches(o, d)] for d in descriptions}
     heads = [d for d in descriptions if len(fits[d]) > 1]
-    found = {"attribute": [], "position": [], "relation": []}
+    attributes, positions, relations = [], [], []
     the = rng.choice(("the ", "the ", ""))
 
     # attribute: its words together single it out, and none of them alone
-    alone = [
-        len(fits[d]) == 1
-        for d in ((me.size, None, None), (None, me.colour, None), (None, None, me.kind))
-    ]
+    alone = [len(fits[d]) == 1
+             for d in ((me.size, None, None), (None, me.colour, None), (None, None, me.kind))]
     for d in descriptions:
         if len(fits[d]) == 1 and not any(word and one for word, one in zip(d, alone)):
-            found["attribute"].append(the + _phrase(d, rng))
+            attributes.append(the + phrase(d, rng))
 
-    # position: first, last or n-th of those it could be confused with
+    # position: first, second or third of those it could be confused with
     for d in heads:
-        for wall, (axis, sign) in WALL.items():
-            order = sorted(fits[d], key=lambda i: sign * (shapes[i].x, shapes[i].y)[axis])
+        for wall, (axis, sign) in WALLS.items():
+            order = sorted(fits[d], key=lambda i: along(shapes[i], axis, sign))
+            at = [along(shapes[i], axis, sign) for i in order]
             place = order.index(target)
-            at = [sign * (shapes[i].x, shapes[i].y)[axis] for i in order]
-            near = at[place] - at[place - 1] if place else 99
-            if min(near, at[place + 1] - at[place] if place + 1 < len(at) else 99) < 6:
+            before = at[place] - at[place - 1] if place else 99
+            after = at[place + 1] - at[place] if place + 1 < len(at) else 99
+            if min(before, after) < 6:
                 continue
-            noun = _phrase(d, rng)
+            noun = phrase(d, rng)
             if place == 0:
-                most = {
-                    "left": "leftmost",
-                    "right": "rightmost",
-                    "top": "topmost",
-                    "bottom": "lowest",
-                }[wall]
-                found["position"] += [
-                    f"{the}{most} {noun}",
-                    f"{noun} {'at' if axis else 'on'} the {wall}",
-                    f"{the}{noun} closest to the {wall} edge",
-                ]
-                if len(order) == 2:
-                    found["position"].append(f"{the}{wall} {noun}")
+                most, closest, of_two = ranked(noun, wall, 0, the)
+                positions += [most, f"{noun} {'at' if axis else 'on'} the {wall}", closest]
+                positions += [of_two] if len(order) == 2 else []
             elif place < 3 and len(order) > 2:
-                found["position"].append(
-                    f"{the}{('second', 'third')[place - 1]} {noun} from the {wall}"
-                )
+                positions += ranked(noun, wall, place, the)
 
-    # relation: to an anchor that its words single out, or (a chain) that a second relation singles
-    # out
+    # relation: to an anchor that its words single out, or (a chain) a second relation
     for a, anchor in enumerate(shapes):
-        name = (
-            (_unique_name(shapes, a, rng) or _chain_name(shapes, a, target, rng))
-            if a != target
-            else None
-        )
+        name = None
+        if a != target:
+            name = unique_name(shapes, a, rng) or chain_name(shapes, a, target, rng)
         for d in heads if name else ():
-            for relation in (*RELATIONS, "closest to"):
-                if _holds_for_one(shapes, fits[d], target, relation, anchor):
-                    link = rng.choice(_LINKS[relation])
-                    found["relation"].append(f"{the}{_phrase(d, rng)} {link} the {name}")
-    return found
+            for relation in LINKS:
+                if holds_for_one(shapes, fits[d], target, relation, anchor):
+                    link = rng.choice(LINKS[relation])
+                    relations.append(f"{the}{phrase(d, rng)} {link} the {name}")
+    return {"attribute": attributes, "position": positions, "relation": relations}
 
 
-_LINKS = {
-    "left of": ("left of", "to the left of", "that is left of"),
-    "right of": ("right of", "to the right of", "that is on the right of"),
-    "above": ("above", "that is above", "higher than"),
-    "below": ("below", "under", "that is below"),
-    "closest to": ("closest to", "nearest to", "next to"),
-}
-
-
-def _holds_for_one(shapes, candidates, target, relation, anchor):
+def holds_for_one(shapes, candidates, target, relation, anchor):
     """Whether the relation to the anchor is clearly true of the target and clearly false of the
     other candidates."""
     others = [shapes[i] for i in candidates if i != target and shapes[i] is not anchor]
     me = shapes[target]
     if relation == "closest to":
-        if not others:
-            return False
         mine = math.hypot(me.x - anchor.x, me.y - anchor.y)
-        return all(math.hypot(o.x - anchor.x, o.y - anchor.y) > 1.4 * mine for o in others)
-    axis, sign = RELATIONS[relation]
-
-    def ahead(o):
-        return sign * ((o.x, o.y)[axis] - (anchor.x, anchor.y)[axis])
-
-    return ahead(me) >= 8 and all(ahead(o) <= 2 for o in others)
+        return bool(others) and all(math.hypot(o.x - anchor.x, o.y - anchor.y) > 1.4 * mine
+                                    for o in others)
+    ahead = [along(o, *RELATIONS[relation]) - along(anchor, *RELATIONS[relation])
+             for o in (me, *others)]
+    return ahead[0] >= 8 and all(pixels <= 2 for pixels in ahead[1:])
 
 
-def _unique_name(shapes, i, rng):
+def unique_name(shapes, i, rng):
     """A few words that single out shape i, or None."""
-    o = shapes[i]
-    options = [
-        (None, None, o.kind),
-        (None, o.colour, None),
-        (None, o.colour, o.kind),
-        (o.size, None, o.kind),
-        (o.size, o.colour, o.kind),
-    ]
-    unique = [d for d in options if sum(_matches(s, d) for s in shapes) == 1]
-    return _phrase(rng.choice(unique[:3]), rng) if unique else None
+    size, colour, kind = shapes[i].size, shapes[i].colour, shapes[i].kind
+    options = [(None, None, kind), (None, colour, None), (None, colour, kind), (size, None, kind),
+               (size, colour, kind)]
+    unique = [d for d in options if sum(matches(s, d) for s in shapes) == 1]
+    return phrase(rng.choice(unique[:3]), rng) if unique else None
 
 
-def _chain_name(shapes, i, exclude, rng):
+def chain_name(shapes, i, exclude, rng):
     """'blue circle above the star': names a shape that its own words do not single out, or None."""
     d = (None, shapes[i].colour, shapes[i].kind)
-    candidates = [k for k, s in enumerate(shapes) if _matches(s, d)]
+    candidates = [k for k, s in enumerate(shapes) if matches(s, d)]
     for a in rng.sample(range(len(shapes)), len(shapes)):
-        name = _unique_name(shapes, a, rng) if a not in (i, exclude) else None
+        name = unique_name(shapes, a, rng) if a not in (i, exclude) else None
         for relation in rng.sample(list(RELATIONS), len(RELATIONS)) if name else ():
-            if _holds_for_one(shapes, candidates, i, relation, shapes[a]):
-                return f"{_phrase(d, rng)} {rng.choice(_LINKS[relation])} the {name}"
+            if holds_for_one(shapes, candidates, i, relation, shapes[a]):
+                return f"{phrase(d, rng)} {rng.choice(LINKS[relation])} the {name}"
     return None
 
 
 # ---- On disk -----------------------------------------------------------------------------------
 
 SPLITS = {"train": 0.76, "val": 0.03, "test": 0.21}  # of the images
-# further splits, never trained on: Sec. A.2.1's two kinds of failure
-LIMITS = ("characters", "absence")
+LIMITS = ("characters", "absence")  # further splits, never trained on: Sec. A.2.1's two failures
 CHARACTERS = "2345679ABCEFHKLPRTUX"  # those that are not easily taken for one another
 
 
@@ -302,58 +279,44 @@ def draw_limit(rng, split):
     tells apart."""
     colours, kinds = palette = draw_palette(rng)
     twin = ("large", rng.choice(colours), rng.choice(kinds))
-    words, target = [twin, twin, *draw_words(rng, palette, rng.randint(1, 2))], rng.randrange(2)
+    words = [twin, twin, *draw_words(rng, palette, rng.randint(1, 2))]
+    target = rng.randrange(2)
     if split == "characters":
-        marks = [
-            c if w[0] == "large" else "" for c, w in zip(rng.sample(CHARACTERS, len(words)), words)
-        ]
+        drawn = rng.sample(CHARACTERS, len(words))
+        marks = [c if w[0] == "large" else "" for c, w in zip(drawn, words)]
         c = marks[target]
-        end = rng.choice(
-            ("with a {}", "with the number {}") if c.isdigit() else ("with the letter {}",)
-        ).format(c)
+        ends = ("with a {}", "with the number {}") if c.isdigit() else ("with the letter {}",)
+        end = rng.choice(ends).format(c)
     else:  # all others of its kind have a dot
-        marks = [
-            "" if k == target or w[2] != twin[2] and rng.random() < 0.5 else "dot"
-            for k, w in enumerate(words)
-        ]
+        marks = ["" if k == target or w[2] != twin[2] and rng.random() < 0.5 else "dot"
+                 for k, w in enumerate(words)]
         end = rng.choice(("with no dot", "without a dot"))
-    noun = _phrase((None, rng.choice((None, twin[1])), twin[2]), rng)
+    noun = phrase((None, rng.choice((None, twin[1])), twin[2]), rng)
     shapes, image, owner = draw_scene(rng, [(*w, mark) for w, mark in zip(words, marks)])
     return shapes, image, owner, {target: [(split, f"the {noun} {end}")]}
 
 
-def _write_scene(path, seed, i, split):
+def write_scene(path, seed, i, split):
     """Draws scene i of a seed and writes its picture -> [(kind number, run lengths, box, area,
     said), ...], a referent each: said is a list of (kind of expression, text)."""
-    rng, referents = random.Random(f"{split if split in LIMITS else 'scene'} {seed} {i}"), []
+    rng = random.Random(f"{split if split in LIMITS else 'scene'} {seed} {i}")
     if split in LIMITS:
         shapes, image, owner, said = draw_limit(rng, split)
     else:
-        shapes, image, owner = draw_scene(
-            rng, draw_words(rng, draw_palette(rng), rng.randint(3, 6))
-        )
-        said = {
-            k: [
-                (kind, text)
-                for kind, found in expressions(shapes, k, rng).items()
-                for text in rng.sample(
-                    found, min(len(found), 1 + (split == "train" and kind == "attribute"))
-                )
-            ]
-            for k in rng.sample(range(len(shapes)), len(shapes))
-        }
+        words = draw_words(rng, draw_palette(rng), rng.randint(3, 6))
+        shapes, image, owner = draw_scene(rng, words)
+        said = {}
+        for k in rng.sample(range(len(shapes)), len(shapes)):
+            said[k] = []
+            for kind, found in expressions(shapes, k, rng).items():
+                most = 2 if split == "train" and kind == "attribute" else 1
+                said[k] += [(kind, text) for text in rng.sample(found, min(len(found), most))]
     Image.fromarray(image).save(path, compress_level=1)
-    for k in [k for k in said if said[k]][: None if split == "train" else 1]:
+    referents = []
+    for k in [k for k in said if said[k]][:None if split == "train" else 1]:
         run_lengths = coco.encode(np.asfortranarray(owner == k + 1))
-        referents.append(
-            (
-                KINDS.index(shapes[k].kind) + 1,
-                run_lengths["counts"].decode(),
-                coco.toBbox(run_lengths).tolist(),
-                int(coco.area(run_lengths)),
-                said[k],
-            )
-        )
+        referents.append((KINDS.index(shapes[k].kind) + 1, run_lengths["counts"].decode(),
+                          coco.toBbox(run_lengths).tolist(), int(coco.area(run_lengths)), said[k]))
     return referents
 
 
@@ -362,9 +325,9 @@ def write_shapes(root, images, seed, limits=100):
     `limits` more for each split of LIMITS.
 
     A ref is a shape, with one sentence of each kind (attribute, position, relation) that singles it
-    out, for train two attributes where there are: fewer shapes have one, and from them all kinds
-    learn their words. For val and test one shape a scene, so that many scenes are seen.
-    instances.json comes last: with it the data set is whole.
+    out. For train it has two attributes where there are: fewer shapes have one, and all kinds of
+    sentences learn their words from them. For val and test a scene has one ref, so that many
+    scenes are seen. instances.json comes last: with it the data set is whole.
     """
     root = Path(root)
     (root / "shapes").mkdir(parents=True, exist_ok=True)
@@ -380,59 +343,25 @@ def write_shapes(root, images, seed, limits=100):
     paths = [root / "images" / "shapes" / name for name in names]
     annotations, refs, sentences = [], [], 0
     with ProcessPoolExecutor(min(os.cpu_count(), 8)) as pool:
-        scenes = pool.map(_write_scene, paths, [seed] * len(names), numbers, splits, chunksize=32)
-        for i, referents in enumerate(
-            tqdm(scenes, "shapes", len(names), unit="scene", disable=None)
-        ):
+        scenes = pool.map(write_scene, paths, [seed] * len(names), numbers, splits, chunksize=32)
+        scenes = tqdm(scenes, "shapes", len(names), unit="scene", disable=None)
+        for i, referents in enumerate(scenes):
             for category, counts, box, area, said in referents:
-                annotations.append(
-                    {
-                        "id": len(annotations),
-                        "image_id": i,
-                        "category_id": category,
-                        "iscrowd": 0,
-                        "area": area,
-                        "bbox": box,
-                        "segmentation": {"size": [SCENE, SCENE], "counts": counts},
-                    }
-                )
-                refs.append(
-                    {
-                        "ref_id": len(refs),
-                        "ann_id": annotations[-1]["id"],
-                        "image_id": i,
-                        "split": splits[i],
-                        "category_id": category,
-                        "file_name": names[i],
-                        "sent_ids": list(range(sentences, sentences + len(said))),
-                        "sentences": [
-                            {
-                                "sent_id": sentences + j,
-                                "sent": text,
-                                "raw": text,
-                                "tokens": text.split(),
-                                "kind": kind,
-                            }
-                            for j, (kind, text) in enumerate(said)
-                        ],
-                    }
-                )
+                ref, numbered = len(refs), range(sentences, sentences + len(said))
+                annotations.append({
+                    "id": ref, "image_id": i, "category_id": category, "iscrowd": 0, "area": area,
+                    "bbox": box, "segmentation": {"size": [SCENE, SCENE], "counts": counts}})
+                refs.append({
+                    "ref_id": ref, "ann_id": ref, "image_id": i, "split": splits[i],
+                    "category_id": category, "file_name": names[i], "sent_ids": list(numbered),
+                    "sentences": [{"sent_id": n, "sent": text, "raw": text, "tokens": text.split(),
+                                   "kind": kind} for n, (kind, text) in zip(numbered, said)]})
                 sentences += len(said)
     (root / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
-    records = [
-        {"id": i, "file_name": name, "width": SCENE, "height": SCENE}
-        for i, name in enumerate(names)
-    ]
+    records = [{"id": i, "file_name": name, "width": SCENE, "height": SCENE}
+               for i, name in enumerate(names)]
     categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
     aside = whole.with_suffix(".partial")
-    aside.write_text(
-        json.dumps({"images": records, "annotations": annotations, "categories": categories})
-    )
+    aside.write_text(json.dumps({"images": records, "annotations": annotations,
+                                 "categories": categories}))
     aside.replace(whole)
-
-
-def _ranked(name, wall, place):
-    if place:
-        return [f"the {('second', 'third')[place - 1]} {name} from the {wall}"]
-    most = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}[wall]
-    return [f"the {most} {name}", f"the {name} closest to the {wall} edge", f"the {wall} {name}"]
