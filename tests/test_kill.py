@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(
     assert (
         len(error) == 1
         and "cannot be written" in error[0]
-        and "make room and go on with --resume" in error[0]
+        and "make room and continue with --resume" in error[0]
     )
     assert find_checkpoint(tmp_path, 1) == before and not list(tmp_path.glob(".*partial"))
     assert ends(start(world, tmp_path, 1, "--resume")) == 0
