@@ -44,7 +44,7 @@ def trains(flags, errors=None, largest_file=None):
     torch.set_num_threads(1)
     for settings in train.SETTINGS.values():
         settings["save_every"] = 2
-    train.report = lambda *_: None
+    train.report = lambda *_: True
     sys.exit(files.run(train.main, train.parse_args(flags)))
 
 
