@@ -140,8 +140,9 @@ def as_image(pixels):
 # A description is (size, colour, kind), with None for what it does not say.
 
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-WALLS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: least is
-MOST = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}  # nearest
+# Axis and sign: of two shapes, the one with the lower along() is nearer the wall.
+WALLS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
+MOST = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "lowest"}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 LINKS = {"left of": ("left of", "to the left of", "that is left of"),
          "right of": ("right of", "to the right of", "that is on the right of"),
