@@ -45,7 +45,7 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 class RISMetrics:
     """oIoU, mIoU and P@X in percent, each sentence counted once. Sec. 4.1.
 
-    The IoU of two empty masks is 0, as in all public protocols. `strict`: P@X counts IoU > X
+    The IoU of two empty masks is 0, as in LAVT and CRIS. `strict`: P@X counts IoU > X
     instead of IoU >= X. Sums are exact, so the order of updates does not matter.
     """
 

@@ -41,11 +41,12 @@ class MHCAOnConcat(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.text, self.image = Attention(width, heads), Attention(width, heads)
+        # Not MHCA's names, so that a checkpoint of the one is never taken for the other's.
+        self.words, self.patches = Attention(width, heads), Attention(width, heads)
 
     def forward(self, t, v, is_word):
         both, keep = in_one_row(t, v, is_word)
-        return self.text(t, both, keep), self.image(v, both, keep)
+        return self.words(t, both, keep), self.patches(v, both, keep)
 
 
 def in_one_row(t, v, is_word):
