@@ -2,8 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,8 @@ from PIL import Image
 # An OSError that tells of the machine, not of the code: a full disk, a file that may not be used.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
                errno.ENOLCK)
-# What torch says when a DataLoader's process was killed, or found no room in /dev/shm.
-OF_A_READER = r"DataLoader worker \(pid|shared memory"
+# What torch says when a DataLoader's process was killed, or its file in /dev/shm finds no room.
+OF_A_READER = r"DataLoader worker \(pid|</torch_\d"
 MAX_BYTES = 512 * 2**20  # of a file: instances.json of the published sets is smaller than COCO's
 MAX_JSON_MEMORY = 1280 * 2**20  # of what a JSON text becomes, see json_memory
 JSON_COSTS = {b"[": 128, b"{": 176, b":": 96, b'"': 32, b",": 42}  # bytes of memory per sign
@@ -48,6 +50,19 @@ def run(main, args):
               "(df -h /dev/shm), give --workers 0; else give fewer --workers, for want of memory",
               file=sys.stderr)
         return 2
+    finally:
+        end_children()
+
+
+def end_children():
+    """Kills the processes that read images. One that hangs, as on a network disk, would keep this
+    one from ending."""
+    if children := multiprocessing.active_children():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+        for child in children:
+            child.kill()
+            child.join(1)
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def too_small(args, **least):

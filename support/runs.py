@@ -68,11 +68,10 @@ class Run:
         return self
 
     def note(self, number, frame):
-        """Notes a signal. One that comes a second later or more does what it always does; before
-        that, torchrun may have passed on what its processes had already."""
+        """Notes a signal. Before a second has passed, another may be torchrun's, which passes on
+        what its processes have had already."""
         if time.monotonic() > self.patience:
-            signal.signal(number, self.handlers[number])
-            signal.raise_signal(number)
+            raise SystemExit(128 + number)
         self.asked.append(number)
         self.patience = min(self.patience, time.monotonic() + 1)
 

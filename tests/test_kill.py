@@ -314,7 +314,7 @@ def test_sigterm_to_torchrun_saves_first(world, tmp_path):
     log = tmp_path / "log.jsonl"
     until(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) != 0 and "go on with --resume" in stderr(tmp_path).read_text()
+    assert process.wait(300) != 0 and "continue with --resume" in stderr(tmp_path).read_text()
     assert int(find_checkpoint(tmp_path, 1).name.split("-")[1]) >= 10 and not list(
         tmp_path.glob(".*partial")
     )

@@ -45,10 +45,10 @@ def soaks(file, flags):
     train.SETTINGS["tiny", 1]["save_every"] = FIRST
     train.report, save = (lambda *_: True), runs.save_checkpoint
 
-    def saves(out, stage, step, *more):
-        save(out, stage, step, *more)
+    def saves(run):
+        save(run)
         with open(file, "a") as lines:
-            print(json.dumps(takes(step)), file=lines)
+            print(json.dumps(takes(run.step)), file=lines)
 
     runs.save_checkpoint = saves
     args = train.parse_args(flags)
