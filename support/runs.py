@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -318,7 +317,7 @@ def check_stage_1(out):
 def alone(out):
     """Keeps a second run out of --out. The kernel drops the lock when the process ends, however it
     ends; the processes that read images do not inherit it. Where the file system has no locks, a
-    warning says so.
+    line on stderr says so.
 
     Raises DataError if another run has the lock.
     """
@@ -331,6 +330,6 @@ def alone(out):
             raise DataError(f"--out {out}: another run is writing there: wait for it, or give "
                             "another --out") from error
         except OSError as error:
-            warnings.warn(f"--out {out} cannot be locked ({error}): start no second run there",
-                          stacklevel=2)
+            print(f"warning: --out {out} cannot be locked ({error}): start no second run there",
+                  file=sys.stderr)
         yield

@@ -511,6 +511,51 @@ def test_images_that_cannot_be_read_are_one_line(world, tmp_path, capsys):
     refused(capsys, args, "a.png cannot be read as an image")  # before training as well
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A set of one's own, with masks as pictures: an entry to train on and two for val."""
+    entries = []
+    for name in ("train", "one", "two"):
+        noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.arange(64)[None].repeat(48, 0) < 20).save(tmp_path / f"{name}-mask.png")
+        split = "train" if name == "train" else "val"
+        entries.append({"image": f"{name}.png", "mask": f"{name}-mask.png", "split": split,
+                        "sentences": ["the left side"]})
+    (tmp_path / "own.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def trains_on(own):
+    return parse_args(["--dataset", str(own / "own.json"), "--out", str(own / "o"), "--steps", "1",
+                       "--stage", "1"])
+
+
+def test_what_evaluation_will_read_is_looked_at_before_training(own, capsys):
+    Image.new("1", (63, 48), 1).save(own / "two-mask.png")
+    refused(capsys, trains_on(own), "two-mask.png is not 64x48")
+    for name in ("two-mask.png", "two.png"):
+        content = (own / name).read_bytes()
+        (own / name).unlink()
+        refused(capsys, trains_on(own), name)
+        (own / name).write_bytes(content)
+        Image.new("1", (64, 48), 1).save(own / "two-mask.png")
+    assert not find_checkpoint(own / "o") and main(trains_on(own)) == 0
+
+
+def test_what_is_found_broken_after_training_is_left_out_counted_and_named(own, capsys):
+    Image.open(own / "two.png").save(own / "two.jpg")
+    path = own / "own.json"
+    path.write_text(path.read_text().replace("two.png", "two.jpg"))
+    content = (own / "two.jpg").read_bytes()
+    (own / "two.jpg").write_bytes(content[:len(content) // 2])  # its head, with its size, is whole
+    assert main(trains_on(own)) == 1
+    error = capsys.readouterr().err
+    assert f"left out: {own / 'two.jpg'}" in error and "1 sentences of val were left out" in error
+    row = json.loads((own / "o" / "metrics.json").read_text())["trained map, upsampled"]
+    assert row["sentences"] == row["left_out"] == 1
+
+
 def test_the_split_that_is_measured_chooses_no_threshold(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "best_map_readout", None)  # val is all that there is
     main(arguments(photos, tmp_path, "--dataset", "refcoco", "--steps", 1, "--stage", 1))
