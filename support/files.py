@@ -5,9 +5,8 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -57,12 +56,10 @@ def run(main, args):
 def end_children():
     """Kills the processes that read images. One that hangs, as on a network disk, would keep this
     one from ending."""
-    if children := multiprocessing.active_children():
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
-        for child in children:
+    for child in multiprocessing.active_children():
+        with suppress(RuntimeError):  # torch's, when a DataLoader's process is killed
             child.kill()
             child.join(1)
-        signal.signal(signal.SIGCHLD, handler)
 
 
 def too_small(args, **least):
